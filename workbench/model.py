@@ -1,0 +1,261 @@
+"""The model: multi-head latent attention and fine-grained experts, written once for training, inference and looking in.
+
+B batch, T new tokens, S tokens so far, D hidden, H heads, Q query latent, C latent, N content width of a query or key
+head, R rotary width, V value width, W = C + R the cached row, E experts, K chosen, I expert width.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from workbench import ops
+from workbench.cache import LatentCache
+from workbench.config import Config
+from workbench.errors import CheckpointError, RequestError
+from workbench.experts import Bank, Resident
+from workbench.probe import OFF, Probe
+from workbench.rope import Rope, rotate, softmax_scale
+
+
+class Source(Protocol):
+    """Where weights come from. A constructor asks for each one where it is used, by its name in the checkpoint."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def take(self, name: str, shape: tuple[int, ...], into: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+class Inventory:
+    """Remembers where every weight went, so that what was taken is what is saved."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, *shape: int, into: torch.Tensor | None = None) -> nn.Parameter:
+        tensor = self.source.take(name, shape, into)
+        self.tensors[name] = tensor
+        return nn.Parameter(tensor, requires_grad=False)
+
+    def stacked(self, names: dict[str, int], width: int) -> nn.Parameter:
+        """Matrices with the same input, one below the other: one product instead of several."""
+        whole = self.empty(sum(names.values()), width)
+        for (name, rows), into in zip(names.items(), whole.split(list(names.values())), strict=True):
+            self.take(name, rows, width, into=into)
+        return nn.Parameter(whole, requires_grad=False)
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.source.dtype, device=self.source.device)
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention (paper, section 2.1; equations 9-19)."""
+
+    def __init__(self, config: Config, layer: int, weights: Inventory):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.scale = softmax_scale(config)
+        name = f"model.layers.{layer}.self_attn"
+        heads, rank = config.num_attention_heads, config.q_lora_rank
+        query = heads * config.qk_head_dim
+        down = {f"{name}.kv_a_proj_with_mqa.weight": config.latent_width}
+        if rank is None:
+            down = {f"{name}.q_proj.weight": query} | down
+        else:
+            down = {f"{name}.q_a_proj.weight": rank} | down
+            self.q_norm = weights.take(f"{name}.q_a_layernorm.weight", rank)
+            self.q_up = weights.take(f"{name}.q_b_proj.weight", query, rank)
+        self.down = weights.stacked(down, config.hidden_size)
+        self.kv_norm = weights.take(f"{name}.kv_a_layernorm.weight", config.kv_lora_rank)
+        per_head = config.qk_nope_head_dim + config.v_head_dim
+        self.kv_up = weights.take(f"{name}.kv_b_proj.weight", heads * per_head, config.kv_lora_rank)
+        self.out = weights.take(f"{name}.o_proj.weight", config.hidden_size, heads * config.v_head_dim)
+
+    def forward(self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe) -> torch.Tensor:
+        config, eps = self.config, self.config.rms_norm_eps
+        query, compressed = ops.linear(x, self.down).split([self.down.shape[0] - config.latent_width, config.latent_width], -1)
+        if config.q_lora_rank is not None:
+            query = probe("attn.q_latent", ops.rms_norm(query, self.q_norm, eps))
+            query = ops.linear(query, self.q_up)
+        query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))  # [B, T, H, N + R]
+        content, position = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
+        position = rotate(position, rotations[..., None, :])
+        latent, k_rope = compressed.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        latent = probe("attn.kv_latent", ops.rms_norm(latent, self.kv_norm, eps))
+        k_rope = probe("attn.k_rope", rotate(k_rope, rotations))
+        rows = torch.cat([latent, k_rope], -1)  # [B, T, W]
+        if cache is None:
+            z = self.read(content, position, rows)
+        else:
+            cache.append(self.layer, rows)
+            z = torch.cat(
+                [
+                    self.read(content[b : b + 1], position[b : b + 1], cache.rows(self.layer, b, x.dtype)[None])
+                    for b in range(cache.batch)
+                ]
+            )
+        return ops.linear(probe("attn.z", z).flatten(-2), self.out)
+
+    def read(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[B, T, H, N] and [B, T, H, R] against rows [B, S, W]: [B, T, H, V], by the form that multiplies less."""
+        form = self.absorbed if absorbing_is_cheaper(self.config, content.shape[1], rows.shape[1]) else self.expanded
+        return form(content, position, rows)
+
+    def absorbed(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """kv_up moved to the query and the output side, so one cached row serves every head (section 2.1.2)."""
+        up_key, up_value = self.kv_up.unflatten(0, (self.config.num_attention_heads, -1)).split(
+            [self.config.qk_nope_head_dim, self.config.v_head_dim], 1
+        )  # [H, N, C], [H, V, C]
+        latent = torch.einsum("bthn,hnc->bthc", content, up_key)
+        query = torch.cat([latent, position], -1)  # [B, T, H, W]
+        key = rows[:, :, None]
+        out = ops.attend(query, key, key[..., : self.config.kv_lora_rank], self.scale)  # [B, T, H, C]
+        return torch.einsum("bthc,hvc->bthv", out, up_value)
+
+    def expanded(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Keys and values of every head rebuilt from the rows, for this call only."""
+        latent, k_rope = rows.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        both = ops.linear(latent, self.kv_up).unflatten(-1, (self.config.num_attention_heads, -1))
+        key, value = both.split([self.config.qk_nope_head_dim, self.config.v_head_dim], -1)  # [B, S, H, N], [B, S, H, V]
+        key = torch.cat([key, k_rope[:, :, None].expand(-1, -1, key.shape[2], -1)], -1)
+        return ops.attend(torch.cat([content, position], -1), key, value, self.scale)
+
+
+def absorbing_is_cheaper(config: Config, new: int, length: int) -> bool:
+    """Multiplications per head: moving `new` queries and outputs through kv_up, against expanding `length` rows."""
+    up = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+    absorbed = new * up + new * length * (config.latent_width + config.kv_lora_rank)
+    return absorbed <= length * up + new * length * (config.qk_head_dim + config.v_head_dim)
+
+
+class Dense(nn.Module):
+    """SwiGLU feed-forward: the first layers, and the shared experts, which are one wide expert every token passes."""
+
+    def __init__(self, name: str, hidden: int, width: int, weights: Inventory):
+        super().__init__()
+        self.gate_up = weights.stacked({f"{name}.gate_proj.weight": width, f"{name}.up_proj.weight": width}, hidden)
+        self.down = weights.take(f"{name}.down_proj.weight", hidden, width)
+
+    def forward(self, x: torch.Tensor, probe: Probe = OFF) -> torch.Tensor:
+        return ops.linear(ops.swiglu(ops.linear(x, self.gate_up)), self.down)
+
+
+class Mixture(nn.Module):
+    """Fine-grained experts chosen per token, beside shared ones (paper, section 2.2; equations 20-22)."""
+
+    def __init__(self, config: Config, layer: int, weights: Inventory, store: Resident):
+        super().__init__()
+        self.config, self.layer, self.store = config, layer, store
+        name, hidden, width = f"model.layers.{layer}.mlp", config.hidden_size, config.moe_intermediate_size
+        self.router = weights.take(f"{name}.gate.weight", config.n_routed_experts, hidden)
+        bank = Bank(
+            weights.empty(config.n_routed_experts, 2 * width, hidden), weights.empty(config.n_routed_experts, hidden, width)
+        )
+        for expert in range(config.n_routed_experts):
+            one = f"{name}.experts.{expert}"
+            weights.take(f"{one}.gate_proj.weight", width, hidden, into=bank.gate_up[expert, :width])
+            weights.take(f"{one}.up_proj.weight", width, hidden, into=bank.gate_up[expert, width:])
+            weights.take(f"{one}.down_proj.weight", hidden, width, into=bank.down[expert])
+        store.put(layer, bank)
+        self.shared = None
+        if config.n_shared_experts:
+            self.shared = Dense(f"{name}.shared_experts", hidden, config.n_shared_experts * width, weights)
+
+    def forward(self, x: torch.Tensor, probe: Probe = OFF) -> torch.Tensor:
+        shape = x.shape[:-1]
+        logits = probe("moe.router_logits", ops.router_logits(x, self.router))
+        _, probs, ids, gates = ops.route(logits, self.config)
+        probe("moe.router_probs", probs)
+        ids, gates = probe("moe.experts", ids), probe("moe.gates", gates)
+        flat, ids, gates = x.flatten(0, -2), ids.flatten(0, -2), gates.flatten(0, -2)
+        routed = sum(ops.experts(flat, slots, gates, *bank) for bank, slots in self.store.waves(self.layer, ids))
+        routed = probe("moe.routed_out", routed.view(*shape, -1))
+        return routed if self.shared is None else routed + probe("moe.shared_out", self.shared(x))
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: Config, layer: int, weights: Inventory, store: Resident):
+        super().__init__()
+        self.layer, self.eps = layer, config.rms_norm_eps
+        name = f"model.layers.{layer}"
+        self.attention_norm = weights.take(f"{name}.input_layernorm.weight", config.hidden_size)
+        self.attention = Attention(config, layer, weights)
+        self.mlp_norm = weights.take(f"{name}.post_attention_layernorm.weight", config.hidden_size)
+        if config.is_moe(layer):
+            self.mlp = Mixture(config, layer, weights, store)
+        else:
+            self.mlp = Dense(f"{name}.mlp", config.hidden_size, config.intermediate_size, weights)
+
+    def forward(self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe) -> torch.Tensor:
+        probe = probe.at(self.layer)
+        x = probe("resid.pre", x)
+        attended = self.attention(ops.rms_norm(x, self.attention_norm, self.eps), rotations, cache, probe)
+        x = probe("resid.mid", x + probe("attn.out", attended))
+        fed = self.mlp(ops.rms_norm(x, self.mlp_norm, self.eps), probe)
+        return probe("resid.post", x + probe("mlp.out", fed))
+
+
+class Model(nn.Module):
+    """A DeepSeek-V2, complete when constructed. Weights do not ask for gradients until `requires_grad_()`."""
+
+    def __init__(self, config: Config, source: Source, store: Resident | None = None):
+        if source.dtype == torch.float16:
+            raise CheckpointError(
+                "fp16 cannot hold DeepSeek-V2: activations pass 65,504 and become infinite. Use dtype='bf16' or 'fp32'."
+            )
+        super().__init__()
+        self.config, self.dtype, self.device = config, source.dtype, torch.device(source.device)
+        self.rope = Rope(config, self.device)
+        self.store = Resident() if store is None else store
+        weights = Inventory(source)
+        self.embedding = weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(config, layer, weights, self.store) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = weights.take("model.norm.weight", config.hidden_size)
+        if config.tie_word_embeddings:
+            self.head = self.embedding
+        else:
+            self.head = weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
+        self.tensors = weights.tensors
+
+    def forward(
+        self, tokens: torch.Tensor, cache: LatentCache | None = None, probe: Probe = OFF, logits: str = "all"
+    ) -> torch.Tensor:
+        """tokens [B, T] int64 to fp32 logits [B, T, vocab], or [B, 1, vocab] with logits="last".
+
+        With a cache the tokens continue its sequences. RequestError for tokens that do not exist, for none, and for
+        more than the context holds; the cache is then as it was.
+        """
+        self._check(tokens, cache)
+        new = tokens.shape[1]
+        positions = torch.arange(new)[None]
+        if cache is not None:
+            cache.reserve(new)
+            positions = positions + torch.tensor(cache.lengths)[:, None]
+        rotations = self.rope.at(positions.to(self.device))  # [B, T, R/2]
+        x = nn.functional.embedding(tokens.to(self.device), self.embedding)
+        for block in self.blocks:
+            x = block(x, rotations, cache, probe)
+        if cache is not None:
+            cache.advance(new)
+        if logits == "last":
+            x = x[:, -1:]
+        x = ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return probe("logits", ops.linear(x, self.head).float())
+
+    def _check(self, tokens: torch.Tensor, cache: LatentCache | None) -> None:
+        config = self.config
+        if tokens.dim() != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise RequestError(f"tokens must be a non-empty [batch, length] of integers, not {tuple(tokens.shape)} {tokens.dtype}.")
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise RequestError(f"token {high if low >= 0 else low} is outside the vocabulary of {config.vocab_size}.")
+        if cache is not None and (cache.batch != tokens.shape[0] or cache.config.latent_width != config.latent_width):
+            raise RequestError(f"the cache is for {cache.batch} sequences, the tokens for {tokens.shape[0]}.")
+        if cache is None and tokens.shape[1] > config.max_position_embeddings:
+            raise RequestError(f"{tokens.shape[1]} tokens exceed the context of {config.max_position_embeddings}.")

@@ -1,0 +1,130 @@
+"""The operations of the model. Each body here is the definition; a file in kernels/ may answer the same call faster.
+
+N tokens, B batch, T new tokens, S tokens so far, H heads, D hidden, W key width, V value width, E experts, K chosen,
+G groups, I expert width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from workbench.config import Config
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., in] by weight [out, in]."""
+    return F.linear(x, weight)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalised in fp32 and rounded to x's type before the weight, the order of the original code."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def swiglu(both: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, from [..., 2 I] holding gate then up."""
+    gate, up = both.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal softmax attention of the last T of S positions.
+
+    query [B, T, H, W]; key [B, S, H or 1, W]; value [B, S, H or 1, V] -> [B, T, H, V]. One key for all heads is the
+    absorbed form (paper, section 2.1.2); the softmax is fp32 and rounded to the query's type, as in the original code.
+    """
+    if key.shape[2] == 1:
+        return _attend_shared(query, key[:, :, 0], value[:, :, 0], scale)
+    return _attend_heads(query, key, value, scale)
+
+
+def _attend_shared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    batch, new, heads, width = query.shape
+    scores = (query.reshape(batch, new * heads, width) @ key.transpose(1, 2)).float() * scale  # [B, T H, S]
+    if new > 1:
+        future = _future(new, key.shape[1], query.device).repeat_interleave(heads, 0)
+        scores = scores.masked_fill(future, float("-inf"))
+    return (scores.softmax(-1).to(query.dtype) @ value).view(batch, new, heads, -1)
+
+
+def _attend_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    new, length, width = query.shape[1], key.shape[1], value.shape[-1]
+    if query.shape[-1] > width:  # the fused kernels want one width for keys and values
+        value = F.pad(value, (0, query.shape[-1] - width))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if new == length:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    else:
+        past = ~_future(new, length, query.device)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=past, scale=scale)
+    return out.transpose(1, 2)[..., :width]
+
+
+def _future(new: int, length: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(new, length, dtype=torch.bool, device=device).triu(length - new + 1)
+
+
+class Routing(NamedTuple):
+    logits: torch.Tensor  # [N, E] fp32
+    probs: torch.Tensor  # [N, E] fp32, softmax over all experts
+    ids: torch.Tensor  # [N, K] int64, strongest first
+    gates: torch.Tensor  # [N, K] fp32
+
+
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[N, D] and [E, D] to [N, E], in fp32 whatever the model computes in: near ties decide experts."""
+    return F.linear(x.float(), weight.float())
+
+
+def route(logits: torch.Tensor, config: Config) -> Routing:
+    """Chooses experts and weighs them (paper, eq. 21-22 and 2.2.2; group score = its best expert)."""
+    probs = logits.softmax(-1)
+    allowed = probs
+    if config.topk_method == "group_limited_greedy":
+        grouped = probs.unflatten(-1, (config.n_group, -1))  # [N, G, E/G]
+        kept = grouped.amax(-1).topk(config.topk_group, -1).indices
+        mask = torch.zeros_like(grouped[..., 0]).scatter(-1, kept, 1.0)
+        allowed = (grouped * mask[..., None]).flatten(-2)
+    gates, ids = allowed.topk(config.num_experts_per_tok, -1)
+    if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+    else:
+        gates = gates * config.routed_scaling_factor
+    return Routing(logits, probs, ids, gates)
+
+
+def experts(
+    x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """Sum over the chosen experts of gate * expert(x), accumulated in fp32.
+
+    x [N, D]; ids, gates [N, K]; gate_up [E, 2 I, D]; down [E, D, I] -> [N, D] in x's type.
+    """
+    if x.shape[0] == 1 and not torch.is_grad_enabled():
+        return _experts_of_one(x, ids[0], gates[0], gate_up, down)
+    return _experts_grouped(x, ids, gates, gate_up, down)
+
+
+def _experts_of_one(x, ids, gates, gate_up, down):
+    chosen = ids.tolist()
+    token = x[0]
+    hidden = torch.stack([torch.mv(gate_up[expert], token) for expert in chosen])  # [K, 2 I]
+    hidden = swiglu(hidden)
+    outs = torch.stack([torch.mv(down[expert], h) for expert, h in zip(chosen, hidden, strict=True)])  # [K, D]
+    return (gates @ outs.float()).to(x.dtype)[None]
+
+
+def _experts_grouped(x, ids, gates, gate_up, down):
+    order = ids.flatten().argsort(stable=True)  # assignments sorted by expert: every expert sees one contiguous run
+    counts = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).tolist()
+    token = order // ids.shape[1]
+    runs = x[token].split(counts)
+    outs = [
+        F.linear(swiglu(F.linear(run, gate_up[expert])), down[expert])
+        for expert, run in enumerate(runs)
+        if counts[expert]
+    ]
+    weighted = torch.cat(outs).float() * gates.flatten()[order, None]
+    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, weighted).to(x.dtype)
