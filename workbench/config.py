@@ -296,10 +296,10 @@ PRESETS = {
     ),
     "pocket": Config(
         vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=704,
+        hidden_size=192,
+        intermediate_size=512,
         moe_intermediate_size=64,
-        num_hidden_layers=7,
+        num_hidden_layers=6,
         num_attention_heads=8,
         q_lora_rank=96,
         kv_lora_rank=64,

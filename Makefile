@@ -1,0 +1,40 @@
+# make lab    set up, then open JupyterLab on the first notebook
+# make test   set up, then run the tests and the notebooks
+# make bench  set up, then measure this machine against transformers
+# make lint   ruff over everything
+# Variables: PYTHON=python3.12 (3.11 to 3.13), VENV=.venv, ARGS="further arguments"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup lab test bench lint
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit( \
+		f"Python {v[0]}.{v[1]} is not supported; say make PYTHON=python3.12, for example (3.11 to 3.13)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[notebooks,test]' -c constraints.txt
+	@touch $@
+
+lab: setup
+	$(BIN)/workbench lab $(ARGS)
+
+# one thread: the shapes of the tests are too small to share, and two processes spinning on two cores cost tenfold
+test: export OMP_NUM_THREADS ?= 1
+test: export TOKENIZERS_PARALLELISM ?= false
+test: export HF_HUB_OFFLINE ?= 1
+test: setup
+	$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=120 --nbmake-kernel=python3 tests notebooks $(ARGS)
+
+bench: setup
+	$(BIN)/workbench bench cpu $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

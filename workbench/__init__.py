@@ -1,0 +1,55 @@
+"""Talk to a DeepSeek-V2 model and see inside it while it talks. Importing this package loads nothing heavy.
+
+import workbench as wb
+bench = wb.load("pocket")
+wb.chat(bench)
+"""
+
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+_HOME = {
+    "BudgetError": "workbench.errors:BudgetError",
+    "CheckpointError": "workbench.errors:CheckpointError",
+    "Config": "workbench.config:Config",
+    "LatentCache": "workbench.cache:LatentCache",
+    "RequestError": "workbench.errors:RequestError",
+    "Sampling": "workbench.sampling:Sampling",
+    "Workbench": "workbench.workbench:Workbench",
+    "WorkbenchError": "workbench.errors:WorkbenchError",
+    "chat": "workbench.widgets.chat:ChatPanel",
+    "load": "workbench.workbench:load",
+}
+
+__all__ = list(_HOME)
+
+try:
+    __version__ = version("deepseek-workbench")
+except PackageNotFoundError:  # imported from a checkout that was never installed
+    __version__ = "0+source"
+
+
+def _resolve(name: str):
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    return _resolve(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `workbench.chat` the panel: importing the module of that name would set the attribute to the module."""
+
+    chat = property(lambda self: _resolve("chat"), lambda self, module: None)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,1 @@
+"""How a model is examined: questions kept apart from every training text, and graders."""

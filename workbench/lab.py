@@ -1,0 +1,53 @@
+"""JupyterLab on our notebooks: it listens on this machine only and asks nothing of the outside."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from workbench.errors import RequestError
+
+FIRST = "00_start_here.ipynb"
+
+
+def notebooks(target: Path) -> Path:
+    """The folder to open: the checkout's own, else a copy of the installed ones in `target`, where edits are kept."""
+    checkout = Path(__file__).parent.parent / "notebooks"
+    if (checkout / FIRST).is_file():
+        return checkout
+    shipped = Path(sysconfig.get_path("data"), "share", "deepseek-workbench", "notebooks")
+    if not (shipped / FIRST).is_file():
+        raise RequestError(f"no notebooks in {checkout} or {shipped}; reinstall deepseek-workbench")
+    target.mkdir(parents=True, exist_ok=True)
+    for source in shipped.glob("*.ipynb"):
+        if not (target / source.name).exists():
+            shutil.copy(source, target)
+    return target.resolve()
+
+
+def command(folder: Path, extra: list[str]) -> list[str]:
+    """The command line that serves the folder above `folder` and opens the first notebook."""
+    options = [
+        f"--ServerApp.root_dir={folder.parent}",
+        f"--LabApp.default_url=/lab/tree/{folder.name}/{FIRST}",
+        # the three things JupyterLab would otherwise ask the network for
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",
+    ]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        options.append("--ServerApp.allow_root=True")  # containers: the server is local and has a token all the same
+    return [sys.executable, "-m", "jupyterlab", *options, *extra]
+
+
+def serve(target: Path, extra: list[str]) -> int:
+    """Runs until JupyterLab ends; its exit status."""
+    if find_spec("jupyterlab") is None:
+        raise RequestError("JupyterLab is not installed; pip install 'deepseek-workbench[notebooks]'")
+    try:
+        return subprocess.run(command(notebooks(target), extra)).returncode
+    except KeyboardInterrupt:  # JupyterLab had it too, and has said goodbye
+        return 0

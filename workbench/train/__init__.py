@@ -1,0 +1,1 @@
+"""How a small DeepSeek-V2 is taught: the lessons, the balance losses and the loop."""

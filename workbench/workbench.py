@@ -1,0 +1,111 @@
+"""The Workbench: a model, its tokenizer and its engine, opened from one name."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from workbench.cache import LatentCache
+from workbench.checkpoint import open_model, resolve, save
+from workbench.config import Config
+from workbench.engine import Completion, Engine, Stream
+from workbench.errors import RequestError
+from workbench.formats import cache_format
+from workbench.model import Model
+from workbench.sampling import Sampling
+from workbench.tokenizer import Tokenizer
+
+POCKET = Path(__file__).parent / "pocket"
+DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+
+
+class Workbench:
+    """What `load` gives. `path` is the checkpoint it came from, `name` what it was asked for as."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, path: Path, name: str, cache: str):
+        self.model, self.tokenizer, self.path, self.name = model, tokenizer, path, name
+        self.engine = Engine(model, tokenizer, cache)
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    @property
+    def context(self) -> int:
+        """Tokens a conversation may have, answer included."""
+        return self.engine.context
+
+    @property
+    def card(self) -> str:
+        """The model card that lies beside the weights; empty where there is none."""
+        path = self.path / "README.md"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def stream(self, prompt: str | list[dict] | list[int], sampling: Sampling | None = None, **options) -> Stream:
+        """Steps as they are generated; see Engine.stream."""
+        return self.engine.stream(prompt, sampling, **options)
+
+    def generate(self, prompt: str | list[dict] | list[int], sampling: Sampling | None = None, **options) -> Completion:
+        """One whole answer; see Engine.generate."""
+        return self.engine.generate(prompt, sampling, **options)
+
+    def batch(self, prompts: Sequence, sampling: Sampling | None = None, slots: int = 8) -> list[Completion]:
+        """Answers to many prompts; see Engine.batch."""
+        return self.engine.batch(prompts, sampling, slots)
+
+    def new_cache(self, batch: int = 1, format: str | None = None) -> LatentCache:
+        return self.engine.new_cache(batch, format)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the checkpoint, with its tokenizer, in the Hugging Face layout."""
+        save(self.model, Path(path), files_from=self.path)
+
+    def __repr__(self) -> str:
+        total, active = self.config.parameters()
+        where = f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device}"
+        return f"<Workbench {self.name}: {_count(total)} parameters, {_count(active)} active, {where}>"
+
+
+def load(name: str = "pocket", *, device: str = "auto", dtype: str = "auto", cache: str = "auto") -> Workbench:
+    """Opens "pocket", a checkpoint directory, or a hub id.
+
+    device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1". dtype: "auto" (bf16 on a GPU; on a CPU fp32 where
+    that takes at most half of the free memory, else bf16), "fp32", "bf16". cache: "auto" (as dtype), "fp32", "bf16".
+    CheckpointError or RequestError say what is wrong and what to do.
+    """
+    where = _device(device)
+    path = POCKET if name == "pocket" else resolve(name)
+    kind = _dtype(dtype, where, path)
+    model = open_model(path, device=str(where), dtype=kind)
+    cache = {torch.float32: "fp32", torch.bfloat16: "bf16"}[kind] if cache == "auto" else cache_format(cache).name
+    return Workbench(model, Tokenizer(path), path, str(name), cache)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise RequestError(f"no device called {name!r}; use 'auto', 'cpu' or 'cuda'.")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"{name!r} is not there: torch sees {torch.cuda.device_count()} GPUs. Use device='cpu'.")
+    return device
+
+
+def _dtype(name: str, device: torch.device, path: Path) -> torch.dtype:
+    if name in ("fp16", "float16"):
+        raise RequestError("fp16 overflows in DeepSeek-V2; use dtype='bf16', or 'fp32'.")
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16
+        needed = 4 * Config.from_json(path / "config.json").parameters().total
+        return torch.float32 if needed <= psutil.virtual_memory().available / 2 else torch.bfloat16
+    if name not in DTYPES:
+        raise RequestError(f"no dtype called {name!r}; use 'auto', 'bf16' or 'fp32'.")
+    return DTYPES[name]
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
