@@ -1,10 +1,12 @@
 """Messages to prompt tokens and role spans, in the two formats DeepSeek published for V2.
 
-v2-chat  (V2-Chat, V2-Lite-Chat, Coder-V2-Instruct)   BOS SYS\\n\\nUser: u1\\n\\nAssistant: a1 EOS User: u2\\n\\nAssistant:
-v2.5     (V2.5, Coder-V2-Instruct-0724)               BOS SYS <｜User｜>u1 <｜Assistant｜>a1 EOS <｜User｜>u2 <｜Assistant｜>
+v2-chat: V2-Chat, V2-Lite-Chat, Coder-V2-Instruct
+    BOS SYS\\n\\nUser: u1\\n\\nAssistant: a1 EOS User: u2\\n\\nAssistant:
+v2.5: V2.5, Coder-V2-Instruct-0724
+    BOS SYS <｜User｜> u1 <｜Assistant｜> a1 EOS <｜User｜> u2 <｜Assistant｜>
 
-(the spaces around special tokens are for the eye). Prompts are built from tokens, not from a template, so nothing that a
-message says can become a special token.
+There are no spaces around special tokens. Prompts are built from tokens, not from a template, so nothing that a message
+says can become a special token.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +36,7 @@ class Style(StrEnum):
     def leading_space(self) -> bool:
         """Whether a reply normally begins with a space that is not part of what was said.
 
-        `Assistant:` ends without one (a space there makes the model answer in the wrong language), so the model writes it.
+        `Assistant:` ends without one (with it the model answers in the wrong language), so the model writes it.
         """
         return self is Style.V2_CHAT
 
@@ -42,8 +44,8 @@ class Style(StrEnum):
 class Span(NamedTuple):
     """The tokens [start, end) that come from one message, or from the format itself.
 
-    role: the message's, or "template". message: its index in the list, None for the template. The EOS that closes a
-    reply belongs to the reply: the model writes it too.
+    role: the message's, or "template". message: its index in the list, None for the template. The EOS after a reply is
+    the template's.
     """
 
     role: str
@@ -104,8 +106,8 @@ def _v2_chat(messages: Sequence[Message], tokenizer: Tokenizer, open_last: bool)
                 elif message["content"] or not open_last:
                     yield Part(" ")
                     yield Part(message["content"], index)
-                if not (open_last and message is messages[-1]):
-                    yield Part([tokenizer.eos], index)
+                if not (open_last and index == len(messages) - 1):
+                    yield Part([tokenizer.eos])
     if messages[-1]["role"] != "assistant":
         yield Part("Assistant:")
 
@@ -129,7 +131,7 @@ def _v2_5(messages: Sequence[Message], tokenizer: Tokenizer, open_last: bool) ->
                     yield special("<｜Assistant｜>")
                 yield Part(list(message.get("tokens") or ()) or message["content"], index)
                 if not (open_last and after is None):
-                    yield Part([tokenizer.eos], index)
+                    yield Part([tokenizer.eos])
             case "tool":
                 yield Part("\n") if before == "tool" else special("<｜tool▁outputs▁begin｜>")
                 yield special("<｜tool▁output▁begin｜>")
@@ -142,12 +144,14 @@ def _v2_5(messages: Sequence[Message], tokenizer: Tokenizer, open_last: bool) ->
 
 
 def _assemble(parts: Iterator[Part], tokenizer: Tokenizer, roles: list[str]) -> Prompt:
-    """Texts that touch are encoded as one string, as the model was trained on; a token across an edge is the message's."""
+    """Texts that touch are encoded as one string, as in training; a token across an edge is the message's."""
     tokens: list[int] = []
     owners: list[int | None] = []  # for each token, the message it comes from
     pending: list[Part] = []
 
     def encode() -> None:
+        if not pending:
+            return
         characters = [part.message for part in pending for _ in part.content]
         encoded, ranges = tokenizer.align("".join(part.content for part in pending))
         pending.clear()
@@ -192,7 +196,7 @@ def _check(messages: Sequence[Message], style: Style, open_last: bool) -> None:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise RequestError(f'{where} must be a dict with "role" and "content"; got {message!r}')
         role, content = message["role"], message["content"]
-        if role not in FOLLOWS:
+        if not isinstance(role, str) or role not in FOLLOWS:
             raise RequestError(f"{where} has the unknown role {role!r}; roles are {', '.join(FOLLOWS)}")
         if not isinstance(content, str):
             raise RequestError(f"{where} ({role}): content must be a string; got {type(content).__name__}")
@@ -203,8 +207,8 @@ def _check(messages: Sequence[Message], style: Style, open_last: bool) -> None:
         if message.get("tokens") and role != "assistant":
             raise RequestError(f"{where} ({role}) has tokens; only an assistant message was generated as tokens")
         if previous not in FOLLOWS[role]:
-            after = " or ".join(sorted("nothing (it is the first)" if role is None else role for role in FOLLOWS[role]))
-            raise RequestError(f"{where}: {role} comes after {previous or 'nothing'}; it may come after {after}")
+            found, *allowed = (f"after {other}" if other else "at the start" for other in (previous, *FOLLOWS[role]))
+            raise RequestError(f"{where}: {role} stands {found}; it may stand {' or '.join(allowed)}")
         previous = role
     if previous == "system":
         raise RequestError("the conversation has only a system message: add a user message")

@@ -1,6 +1,5 @@
 """What this machine has, what is missing, and what that means for speed. Every finding carries its remedy."""
 
-import os
 import platform
 import re
 import shutil
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from workbench import __version__
+from workbench import __version__, machine
 from workbench.config import Config
 from workbench.errors import WorkbenchError
 
@@ -175,10 +174,10 @@ def _asset(section: str, name: str, folders: list[Path], file: str, package: str
 
 def _machine() -> Iterator[Check]:
     section = "Machine"
-    cores, flags = _cores(), _cpu_flags()
+    cores, flags = machine.cores(), machine.cpu_flags()
     torch = _torch()
     threads = f", torch uses {torch.get_num_threads()}" if torch else ""
-    yield Check(section, "cpu", OK, f"{_cpu_name()}, {cores} cores{threads}")
+    yield Check(section, "cpu", OK, f"{machine.cpu_name()}, {cores} cores{threads}")
     wide = [name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if name in flags]
     bf16 = bool({"avx512_bf16", "amx_bf16", "bf16"} & flags)
     found = (
@@ -203,33 +202,6 @@ def _machine() -> Iterator[Check]:
     enough = disk.free > 2 * GB
     found = f"{disk.free / GB:.0f} GB free of {disk.total / GB:.0f} GB here"
     yield Check(section, "disk", OK if enough else WARN, found, "" if enough else "checkpoints need room: make some")
-
-
-def _cores() -> int:
-    """Those this process may use: affinity, and a container's quota where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            cores = min(cores, max(1, round(int(limit) / int(period))))
-    return cores
-
-
-def _cpu_info(key: str) -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return ""
-    line = re.search(rf"^{key}\s*:\s*(.*)$", info.read_text(errors="replace"), re.MULTILINE)
-    return line[1] if line else ""
-
-
-def _cpu_name() -> str:
-    return _cpu_info("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> set[str]:
-    return set((_cpu_info("flags") or _cpu_info("Features")).split())
 
 
 def _gpu() -> Iterator[Check]:
@@ -308,6 +280,7 @@ def _expectations() -> Iterator[Check]:
     for name, title in (("pocket", "pocket"), ("v2-lite", "V2-Lite, 16B"), ("v2", "V2, 236B")):
         config = Config.preset(name)
         total, active = (2 * count for count in config.parameters())
+        active -= 2 * config.vocab_size * config.hidden_size  # of the embedding, one row is read
         needs = f"{total / GB:.2f} GB of weights in bf16"
         if total > room:
             remedy = f"a machine with {total * 1.1 / GB:.0f} GB"

@@ -81,21 +81,20 @@ class Attention(nn.Module):
             query = ops.linear(query, self.q_up)
         query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))  # [B, T, H, N + R]
         content, position = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        position = rotate(position, rotations[..., None, :])
         latent, k_rope = compressed.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        turned = rotate(torch.cat([position, k_rope[:, :, None]], 2), rotations[:, :, None])
+        position, k_rope = turned[:, :, :-1], probe("attn.k_rope", turned[:, :, -1])
         latent = probe("attn.kv_latent", ops.rms_norm(latent, self.kv_norm, eps))
-        k_rope = probe("attn.k_rope", rotate(k_rope, rotations))
         rows = torch.cat([latent, k_rope], -1)  # [B, T, W]
         if cache is None:
             z = self.read(content, position, rows)
         else:
             cache.append(self.layer, rows)
-            z = torch.cat(
-                [
-                    self.read(content[b : b + 1], position[b : b + 1], cache.rows(self.layer, b, x.dtype)[None])
-                    for b in range(cache.batch)
-                ]
-            )
+            each = [
+                self.read(content[b : b + 1], position[b : b + 1], cache.rows(self.layer, b, x.dtype)[None])
+                for b in range(cache.batch)
+            ]
+            z = torch.cat(each) if len(each) > 1 else each[0]
         return ops.linear(probe("attn.z", z).flatten(-2), self.out)
 
     def read(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -108,11 +107,11 @@ class Attention(nn.Module):
         up_key, up_value = self.kv_up.unflatten(0, (self.config.num_attention_heads, -1)).split(
             [self.config.qk_nope_head_dim, self.config.v_head_dim], 1
         )  # [H, N, C], [H, V, C]
-        latent = torch.einsum("bthn,hnc->bthc", content, up_key)
+        latent = (content.transpose(1, 2) @ up_key).transpose(1, 2)
         query = torch.cat([latent, position], -1)  # [B, T, H, W]
         key = rows[:, :, None]
         out = ops.attend(query, key, key[..., : self.config.kv_lora_rank], self.scale)  # [B, T, H, C]
-        return torch.einsum("bthc,hvc->bthv", out, up_value)
+        return (out.transpose(1, 2) @ up_value.mT).transpose(1, 2)
 
     def expanded(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Keys and values of every head rebuilt from the rows, for this call only."""

@@ -19,8 +19,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalised in fp32 and rounded to x's type before the weight, the order of the original code."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return weight * F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype)
 
 
 def swiglu(both: torch.Tensor) -> torch.Tensor:
@@ -41,12 +40,12 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 
 def _attend_shared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    batch, new, heads, width = query.shape
-    scores = (query.reshape(batch, new * heads, width) @ key.transpose(1, 2)).float() * scale  # [B, T H, S]
+    batch, new, heads, _ = query.shape
+    scores = torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).float() * scale  # [B, T H, S]
     if new > 1:
         future = _future(new, key.shape[1], query.device).repeat_interleave(heads, 0)
         scores = scores.masked_fill(future, float("-inf"))
-    return (scores.softmax(-1).to(query.dtype) @ value).view(batch, new, heads, -1)
+    return torch.bmm(scores.softmax(-1).to(query.dtype), value).unflatten(1, (new, heads))
 
 
 def _attend_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

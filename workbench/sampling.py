@@ -57,7 +57,7 @@ class Sampling:
 
 
 class Alternative(NamedTuple):
-    """A token that could have come: its probability under the model alone, and after penalty, temperature and filters."""
+    """A token that could have come: its probability under the model alone, and after everything in Sampling."""
 
     token: int
     before: float
@@ -223,8 +223,8 @@ class StopStrings:
         if hits:
             self._held = ""
             return text[: min(hits)[1]], True
-        held = max((size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
-        shown = len(text) - held
+        beginnings = (stop[:size] for stop in self._stops for size in range(1, len(stop)))
+        shown = len(text) - max((len(start) for start in beginnings if text.endswith(start)), default=0)
         self._held = text[shown:]
         return text[:shown], False
 

@@ -49,7 +49,7 @@ class Terminal:
             with _interrupt_sets(stop):
                 for step in stream:
                     text.append(step.text)
-                    tokens.append(step.token)
+                    tokens += [] if step.finish == "eos" else [step.token]  # the prompt format closes a turn itself
                     self.write(step.text)
         except WorkbenchError:
             self.messages.pop()  # a question that could not be asked must not be in the way of the next

@@ -1,4 +1,4 @@
-"""Text to tokens and back with the checkpoint's own tokenizer.json; what a person wrote never becomes a special token."""
+"""Text to tokens and back, by the checkpoint's own tokenizer.json; text never becomes a special token."""
 
 import codecs
 import json
@@ -16,8 +16,7 @@ EOS = "<｜end▁of▁sentence｜>"
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table: printable bytes are themselves,
-    the others are numbered from U+0100)."""
+    """The character that stands for each byte in a vocabulary: itself if printable, else one from U+0100 on (GPT-2)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -42,7 +41,7 @@ class Tokenizer:
         self.eos = self._named("eos_token", EOS)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of plain text, without BOS; special strings in it stay text. RequestError for half a surrogate pair."""
+        """Tokens of plain text, without BOS; special strings stay text. RequestError for half a surrogate pair."""
         return self.align(text)[0]
 
     def align(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -93,7 +92,7 @@ class Tokenizer:
     def bytes(self, token: int) -> bytes:
         """The bytes one token stands for; none if no token has this id."""
         if token in self._added:
-            return self._added[token].content.encode()  # as written: real files have the added token "ü", which is no byte
+            return self._added[token].content.encode()  # as written: "ü" may be an added token, and is then no byte
         piece = self._tokenizer.id_to_token(token)
         if piece is None:
             return b""
@@ -170,7 +169,7 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{path}: not a tokenizer ({error}). Copy the file from the checkpoint again") from error
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         raise CheckpointError(
-            f"{path}: not a byte-level BPE tokenizer. Use the tokenizer.json that DeepSeek publishes with the checkpoint"
+            f"{path}: not a byte-level BPE tokenizer. Use the tokenizer.json published with the checkpoint"
         )
     tokenizer.no_padding()
     tokenizer.no_truncation()

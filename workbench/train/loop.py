@@ -16,7 +16,7 @@ from workbench.chat import render
 from workbench.model import Model
 from workbench.probe import Recorder
 from workbench.tokenizer import Tokenizer
-from workbench.train import balance
+from workbench.train.balance import Weights, losses
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Recipe:
     decay: float = 0.1
     clip: float = 1.0
     others: float = 0.1  # weight of tokens the assistant did not write
-    balance: balance.Weights = balance.Weights()
+    balance: Weights = Weights()
 
     def learning_rate(self, step: int) -> float:
         falling = self.steps * self.descent
@@ -103,7 +103,7 @@ def train(model: Model, source: Iterator[tuple[list[int], list[float]]], recipe:
             logits = model(tokens[:, :-1], probe=recorder)
             targets, weight = tokens[:, 1:].to(logits.device), weights[:, 1:].to(logits.device)
             nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weight)
-            terms = balance.losses(recorder, model.config) if layers else ()
+            terms = losses(recorder, model.config) if layers else ()
             loss = (nats * weight).sum() / weight.sum()
             for term, strength in zip(terms, recipe.balance, strict=False):
                 loss = loss + strength * term

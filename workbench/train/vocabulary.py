@@ -1,4 +1,4 @@
-"""A byte-level BPE vocabulary in DeepSeek's manner, trained on the model's own text and written as Hugging Face files."""
+"""A byte-level BPE vocabulary in DeepSeek's manner, trained on given text and written as Hugging Face files."""
 
 import json
 from collections.abc import Iterable
@@ -103,7 +103,7 @@ def write(tokenizer: Tokenizer, directory: str | Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     roles = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
     config = roles | {
-        # the published files say LlamaTokenizerFast, from which recent transformers rebuilds a tokenizer that drops spaces
+        # the published files say LlamaTokenizerFast, which this is not: transformers 5 warns about it
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 16384,

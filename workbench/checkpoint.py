@@ -1,0 +1,425 @@
+"""Weights in and out: named tensors from safetensors files or from a seed, and a model back to the Hugging Face layout.
+
+A checkpoint is a directory with config.json and either model.safetensors or shards with an index.
+"""
+
+import json
+import math
+import re
+import secrets
+import shutil
+import sys
+import traceback
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from workbench.config import Config
+from workbench.errors import CheckpointError
+from workbench.model import Model
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Stored(NamedTuple):
+    """One tensor in a file: its bytes are [start, start + nbytes) of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor as it is stored, in memory of its own.
+
+        A plain read and not a memory map: a map keeps every page it has read in the process until the shard is closed,
+        closing it after each tensor means parsing the header again for each, and a file cut short under a map kills
+        the process instead of raising.
+        """
+        raw = torch.empty(self.nbytes, dtype=torch.uint8)
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.start)
+                found = file.readinto(raw.numpy())
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: reading failed ({error}). Check the disk, or copy it again.") from None
+        if found != self.nbytes:
+            raise CheckpointError(f"{self.file}: it became shorter while it was read. Download it again.")
+        return raw.view(FLOATS[self.dtype]).view(self.shape)
+
+
+class Safetensors:
+    """A Source over a checkpoint directory, or over one .safetensors file.
+
+    Everything that can be wrong with the files is found here, before a tensor is read. dtype "auto" is what config.json
+    names, and bfloat16 where that is float16; stored tensors of any floating-point type are converted. On device "meta"
+    names and shapes are checked and nothing is read.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
+        self.path = Path(path)
+        self.stored = _inspect(self.path)
+        if dtype == "auto":
+            named = Config.from_json(_directory(self.path) / "config.json").dtype
+            dtype = torch.float32 if named == "float32" else torch.bfloat16
+        self.dtype, self.device = dtype, torch.device(device)
+        self.taken: set[str] = set()
+
+    def take(self, name: str, shape: tuple[int, ...], into: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor of that name and shape, or `into` filled with it; each name once.
+
+        CheckpointError for a tensor that is missing or has another shape.
+        """
+        assert name not in self.taken, f"{name} is taken twice"
+        assert into is None or into.shape == shape, f"{name}: {tuple(into.shape)} cannot take {shape}"
+        stored = self.stored.get(name)
+        if stored is None:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} {list(shape)} is missing. config.json and the weights do not belong "
+                f"together, or the weights are incomplete: download both from the same repository. {self._sample()}"
+            )
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{stored.file}: {name} should be {list(shape)} according to config.json, but is {list(stored.shape)}. "
+                "config.json and the weights do not belong together: download both from the same repository."
+            )
+        self.taken.add(name)
+        if into is None:
+            into = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return into if self.device.type == "meta" else into.copy_(stored.read())
+
+    def unused(self) -> list[str]:
+        """Names never taken. Old checkpoints carry rotary frequencies, which are computed from the config here."""
+        return [name for name in self.stored if name not in self.taken and not name.endswith("rotary_emb.inv_freq")]
+
+    def _sample(self) -> str:
+        return f"It holds {len(self.stored)} tensors: {_some(sorted(self.stored), 3)}."
+
+
+class Random:
+    """A Source of normal noise, and of ones for the weights of norms.
+
+    A tensor depends on its name and the seed alone, so neither order, device nor the rest of the model change it. `std`
+    defaults to the config's initializer_range.
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        std: float | None = None,
+    ):
+        self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
+        self.std = (config or Config()).initializer_range if std is None else std
+        self.taken: set[str] = set()
+
+    def take(self, name: str, shape: tuple[int, ...], into: torch.Tensor | None = None) -> torch.Tensor:
+        assert name not in self.taken, f"{name} is taken twice"
+        self.taken.add(name)
+        if name.endswith("norm.weight"):
+            drawn = torch.ones(shape)
+        else:
+            # seed and name share one checksum: torch's generator on the CPU keeps 32 bits of a seed and drops the rest
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{name}".encode()))
+            drawn = torch.empty(shape).normal_(0, self.std, generator=generator)
+        return drawn.to(self.device, self.dtype) if into is None else into.copy_(drawn)
+
+    def unused(self) -> list[str]:
+        return []
+
+
+def open_model(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = "auto") -> Model:
+    """The model of a checkpoint directory (or of a .safetensors file beside its config.json).
+
+    All names and shapes are checked before the first byte of a weight is read or allocated. CheckpointError says which
+    file or tensor is wrong; whatever the error, an interrupt included, no part of a model stays in memory.
+    """
+    path = Path(path)
+    config = Config.from_json(_directory(path) / "config.json")
+    rehearsal = Safetensors(path, dtype, device="meta")
+    Model(config, rehearsal)
+    if extra := rehearsal.unused():
+        raise CheckpointError(
+            f"{path}: {len(extra)} tensors have no place in the model that config.json describes: {_some(extra, 5)}. "
+            "Either config.json is not the one of these weights (compare num_hidden_layers, n_routed_experts and "
+            "q_lora_rank; download both from the same repository), or this is a later model than DeepSeek-V2."
+        )
+    with _nothing_left_behind():
+        return Model(config, Safetensors(path, rehearsal.dtype, device))
+
+
+def save(
+    model: Model,
+    path: str | Path,
+    *,
+    files_from: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Writes a checkpoint that this package, transformers and the usual servers load.
+
+    `files_from` is the directory whose tokenizer goes along; `dtype` defaults to the model's. An existing checkpoint is
+    replaced at the end in one step, its other files (tokenizer, card) kept; a failure leaves it as it was. At most one
+    shard is held beside the model. CheckpointError where `path` is something else than a checkpoint.
+    """
+    path = Path(path).resolve()
+    _check_replaceable(path)
+    dtype = dtype or model.dtype
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        staging.mkdir(parents=True)
+        _write_weights(model.tensors, staging, dtype, max_shard_bytes)
+        config = model.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        _write_json(staging / "config.json", config)
+        ends = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
+        _write_json(staging / "generation_config.json", ends | {"do_sample": True, "temperature": 0.3, "top_p": 0.95})
+        if files_from is not None:
+            _copy_tokenizer(Path(files_from), staging)
+        _replace(path, staging)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: saving failed ({error}). Nothing there was changed: free some space or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def resolve(name: str | Path) -> Path:
+    """The directory of a checkpoint: `name` itself if it is one, else the files of that Hugging Face repository.
+
+    What is already in the local cache is used without asking the network. CheckpointError lists what was tried.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file. Give the directory it is in, with config.json and tokenizer.json.")
+    if not HUB_ID.fullmatch(str(name)):
+        raise CheckpointError(
+            f"{str(name)!r} is neither a directory (looked in {Path.cwd()}) nor a hub id of the form owner/name."
+        )
+    return _download(str(name))
+
+
+def _download(name: str) -> Path:
+    otherwise = f"{name!r} is no directory here (looked in {Path.cwd()})"
+    elsewhere = "Or download the repository where there is a connection, copy it here, and give its directory."
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415 - an extra: directories load without it
+        from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    except ImportError:
+        raise CheckpointError(
+            f"{otherwise}, and fetching it from Hugging Face takes a package that is not installed: "
+            f'pip install "deepseek-workbench[hub]". {elsewhere}'
+        ) from None
+    wanted = ["config.json", *COPIED, "*.safetensors", INDEX]
+    try:
+        cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        _inspect(cached)
+        return cached
+    except (LocalEntryNotFoundError, CheckpointError):
+        pass  # not in the cache, or not all of it: a download that was interrupted goes on where it stopped
+    except HFValidationError as error:
+        raise CheckpointError(f"{otherwise}, and not a valid hub id: {error}") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{otherwise}, and Hugging Face could not be asked for it or did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the connection, HF_HUB_OFFLINE and, "
+            f"for a gated repository, HF_TOKEN. {elsewhere}"
+        ) from error
+
+
+def _directory(path: Path) -> Path:
+    return path.parent if path.suffix == ".safetensors" and not path.is_dir() else path
+
+
+def _inspect(path: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint and where its bytes are. CheckpointError for files that are not whole or disagree."""
+    if path.is_file() and path.suffix == ".safetensors":
+        files, index = [path], None
+    elif not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint. Give a directory with config.json and *.safetensors.")
+    elif (path / SINGLE).exists():
+        files, index = [path / SINGLE], None
+    elif (path / INDEX).exists():
+        index = _read_index(path / INDEX)
+        files = [path / name for name in sorted(set(index.values()))]
+    else:
+        raise CheckpointError(_no_weights(path))
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(files)} shards that {INDEX} names are missing: {_some(missing, 5)}. "
+            "Download them again, from the same revision."
+        )
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for name, tensor in _read_header(file):
+            if name in stored:
+                raise CheckpointError(
+                    f"{file}: {name} is also in {stored[name].file.name}. Shards of different downloads are mixed: "
+                    "download all of them again."
+                )
+            stored[name] = tensor
+    for name in (index or stored).keys() ^ stored.keys():
+        where, what = (stored[name].file, f"is not in {INDEX}") if name in stored else (path / index[name], "is missing")
+        raise CheckpointError(f"{where}: {name} {what}. Index and shards do not belong together: download both again.")
+    for name, file in (index or {}).items():
+        if stored[name].file != path / file:
+            raise CheckpointError(
+                f"{stored[name].file}: {name} should be in {file}, says {INDEX}. Download both again."
+            )
+    return stored
+
+
+def _no_weights(path: Path) -> str:
+    found = sorted(file.name for file in path.iterdir())
+    if shards := [name for name in found if name.endswith(".safetensors")]:
+        return f"{path}: {INDEX} is missing, so {_some(shards, 3)} cannot be put together. Download it too."
+    if pickles := sorted(file.name for pattern in PICKLES for file in path.glob(pattern)):
+        return (
+            f"{path}: only {_some(pickles, 3)}, and such files run code when they are opened. Convert them where you "
+            "trust them: transformers' from_pretrained(...).save_pretrained(...) writes safetensors."
+        )
+    return f"{path}: neither {SINGLE} nor {INDEX}; there is {_some(found, 5) or 'nothing'}. Download the weights."
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    try:
+        shard_of = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        valid = bool(shard_of) and all(isinstance(shard, str) for shard in shard_of.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        valid = False
+    if not valid:
+        raise CheckpointError(f"{file}: not an index, which maps tensors to shards in weight_map. Download it again.")
+    return shard_of
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, Stored]]:
+    """The tensors of one file. The library checks the format: header, offsets, and that the file is as long as both."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} ({file.stat().st_size:,} bytes) is not a whole safetensors file: {error}. It was cut short or "
+            "changed, or is a placeholder of Git LFS: download it again."
+        ) from None
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    if any(name.endswith("weight_scale_inv") for name in header):
+        raise CheckpointError(
+            f"{file}: fp8 weights with scales (weight_scale_inv) are not supported yet. Dequantise them to bfloat16 first."
+        )
+    for name, entry in header.items():
+        if entry["dtype"] not in FLOATS:
+            raise CheckpointError(
+                f"{file}: {name} is stored as {entry['dtype']}; weights must be one of {', '.join(FLOATS)}. "
+                "Is this a quantised checkpoint? Use the bfloat16 one."
+            )
+        start, end = entry["data_offsets"]
+        yield name, Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+
+
+@contextmanager
+def _nothing_left_behind() -> Iterator[None]:
+    """Empties the frames of an error: a notebook keeps the last one, and with its frames a half-loaded model."""
+    try:
+        yield
+    finally:
+        if (error := sys.exception()) is not None:
+            traceback.clear_frames(error.__traceback__)
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() and not ((path / "config.json").is_file() and any(path.glob("model*.safetensors"))):
+        raise CheckpointError(f"{path} exists and is not a checkpoint, so it is not overwritten. Choose another folder.")
+
+
+def _write_weights(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    shards, room = [], 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [SINGLE]
+    for file, names in zip(files, shards, strict=True):
+        shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        del shard  # before the next one is made
+    if len(shards) > 1:
+        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        shard_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": shard_of})
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    if not (source / "tokenizer.json").is_file():
+        raise CheckpointError(f"{source}: no tokenizer.json to save along. Give the directory of a tokenizer, or none.")
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _replace(path: Path, staging: Path) -> None:
+    """Puts `staging` in the place of `path`; the old directory stays whole until the new one is there."""
+    if not path.exists():
+        staging.rename(path)
+        return
+    old = path.with_name(f"{staging.name}.old")
+    path.rename(old)
+    try:
+        staging.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    for file in old.iterdir():
+        if not file.match("model*.safetensors*") and not (path / file.name).exists():
+            file.rename(path / file.name)
+    shutil.rmtree(old)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _some(names: list[str], limit: int) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,329 @@
+// The chat view. It keeps no history of its own: the kernel sends the visible path once, then only what is new.
+
+const ROLES = { system: "system", user: "you", assistant: "reply", template: "format", tool: "tool" };
+const number = (value) => value.toLocaleString("en");
+
+function bytes(value) {
+  const units = ["B", "KiB", "MiB", "GiB"];
+  let power = 0;
+  while (value >= 1024 && power < 3) (value /= 1024), power++;
+  return `${value >= 100 || power === 0 ? Math.round(value) : value.toFixed(1)} ${units[power]}`;
+}
+
+class ChatView {
+  constructor(model, root) {
+    this.model = model;
+    this.root = root;
+    this.id = Math.random().toString(36).slice(2);
+    this.messages = new Map();
+    this.path = [];
+    this.answering = null;
+    this.draft = null; // what was sent and not yet seen by the kernel
+    this.raw = false;
+    this.follow = true;
+    this.dirty = new Set();
+    this.frame = 0;
+    this.facts = { model: "model", context: 0, cache_factor: 0 };
+    this.ended = new AbortController();
+    this.build();
+    this.onMessage = (message) => this[`on_${message.kind}`]?.(message);
+    model.on("msg:custom", this.onMessage);
+    this.tell({ kind: "ready", view: this.id });
+  }
+
+  close() {
+    this.model.off("msg:custom", this.onMessage);
+    this.ended.abort();
+    cancelAnimationFrame(this.frame);
+    clearTimeout(this.patience);
+    this.card.hide();
+  }
+
+  tell = (message) => this.model.send(message);
+
+  get busy() {
+    return this.answering !== null || this.draft !== null || Boolean(this.closed);
+  }
+
+  build() {
+    this.card = new Card(this.root, (turn, index, token) => this.tell({ kind: "branch", turn, index, token }), () => !this.busy);
+    this.title = element("strong", { className: "wbc-title" });
+    this.tokensToggle = this.toggle("Tokens", "Show the tokens of the replies, tinted by how unlikely they were", (on) => this.showTokens(on));
+    this.promptToggle = this.toggle("Prompt", "Show the exact prompt, special tokens included", (on) => this.showPrompt(on));
+    this.file = element("input", { type: "file", accept: ".json,application/json", hidden: true });
+    this.file.addEventListener("change", () => this.importFile());
+    this.newButton = iconButton("new", "New conversation", () => this.tell({ kind: "clear" }));
+    this.importButton = iconButton("import", "Import a conversation", () => this.file.click());
+    this.head = element("header", { className: "wbc-head" }, this.title, element("span", { className: "wbc-space" }),
+      this.tokensToggle, this.promptToggle, element("span", { className: "wbc-gap" }), this.newButton,
+      iconButton("export", "Export this conversation", () => this.tell({ kind: "export" })), this.importButton, this.file);
+    this.notice = element("div", { className: "wbc-error wbc-notice", role: "alert", hidden: true });
+    this.empty = element("div", { className: "wbc-empty" });
+    this.log = element("div", { className: "wbc-log", role: "log", tabIndex: -1, "aria-live": "polite", "aria-label": "Conversation" }, this.empty);
+    this.log.addEventListener("scroll", () => this.onScroll());
+    this.latest = element("button", { className: "wbc-latest", type: "button", hidden: true }, "\u2193 latest");
+    this.latest.addEventListener("click", () => this.toEnd());
+    this.prompt = element("div", { className: "wbc-prompt", tabIndex: 0, role: "region", "aria-label": "Prompt", hidden: true });
+    this.legend = element("div", { className: "wbc-legend", hidden: true }, element("span", {}, "likely"),
+      element("i", { className: "wbc-scale" }), element("span", {}, "unlikely"), element("span", { className: "wbc-note" }, "probability under the model, before sampling"));
+    this.input = element("textarea", { className: "wbc-input", rows: 1, "aria-label": "Message", placeholder: "Write a message" });
+    this.input.addEventListener("input", () => this.drawInput());
+    this.button = iconButton("send", "Send", (event) => this.press(event), true);
+    this.button.classList.add("wbc-go");
+    this.bar = element("div", { className: "wbc-bar-input" }, this.input, this.button);
+    this.meter = element("i");
+    this.meterBox = element("span", { className: "wbc-meter", role: "meter", "aria-label": "Context used", "aria-valuemin": "0" }, this.meter);
+    this.used = element("span");
+    this.cache = element("span", { className: "wbc-cache" });
+    this.speed = element("span", { className: "wbc-speed" });
+    this.status = element("footer", { className: "wbc-status" }, this.meterBox, this.used, this.cache, element("span", { className: "wbc-space" }), this.speed);
+    this.said = element("div", { className: "wbc-hidden", role: "status" });
+    this.root.classList.add("wbc");
+    this.root.append(this.head, this.notice, this.legend, element("div", { className: "wbc-main" }, this.log, this.latest, this.prompt), this.bar, this.status, this.said);
+    const { signal } = this.ended;
+    this.root.addEventListener("keydown", (event) => this.onKey(event), { signal });
+    addEventListener("resize", () => this.card.hide(), { signal });
+    this.drawInput();
+  }
+
+  toggle(label, title, action) {
+    const button = element("button", { className: "wbc-button wbc-text", type: "button", title, "aria-pressed": "false" }, label);
+    button.addEventListener("click", () => {
+      const on = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", String(on));
+      action(on);
+    });
+    return button;
+  }
+
+  // What the kernel says
+
+  on_path({ path, turns, answering, facts, fresh, view }) {
+    if (view && view !== this.id) return;
+    if (fresh) {
+      this.card.hide();
+      this.messages.clear();
+    }
+    Object.assign(this.facts, facts);
+    this.answering = answering;
+    this.draft = null;
+    for (const turn of turns) {
+      const known = this.messages.get(turn.key);
+      if (known) known.set(turn);
+      else this.messages.set(turn.key, new Message(turn, turn.role === "user" ? "You" : this.facts.model, this));
+    }
+    this.path = path.map(([key]) => this.messages.get(key));
+    this.path.forEach((message, index) => message.place(path[index].slice(1)));
+    this.log.replaceChildren(this.empty, ...this.path.map((message) => message.element));
+    if (answering !== null) this.follow = true;
+    this.notice.hidden = true;
+    this.drawAll();
+  }
+
+  on_steps({ turn, from, steps, stats }) {
+    const message = this.messages.get(turn);
+    if (!message) return;
+    if (!message.append(from, steps)) {
+      this.tell({ kind: "ready", view: this.id });
+      return;
+    }
+    Object.assign(message.stats, stats);
+    this.drawSoon(message);
+  }
+
+  on_done({ turn, finish, error, stats }) {
+    const message = this.messages.get(turn);
+    this.answering = null;
+    this.stopping = false;
+    if (message) Object.assign(message, { finish, error, stats: { ...message.stats, ...stats } });
+    this.announce(error ? "The reply failed" : finish === "stopped" ? "Stopped" : "The reply is complete");
+    this.drawAll();
+    this.askForPrompt();
+  }
+
+  on_notice({ text, draft }) {
+    this.notice.textContent = text;
+    this.notice.hidden = false;
+    if (draft && !this.input.value) this.input.value = draft;
+    this.draft = null;
+    this.drawInput();
+  }
+
+  on_prompt({ parts, tokens }) {
+    const pieces = parts.map(([role, text, special]) => element("span", { className: `wbc-part wbc-role-${role}${special ? " wbc-special" : ""}`, title: ROLES[role] ?? role }, text));
+    const roles = [...new Set(parts.map(([role]) => role))];
+    const legend = element("div", { className: "wbc-note" }, `${number(tokens)} tokens, exactly as the model reads them: `,
+      ...roles.map((role) => element("span", { className: `wbc-part wbc-role-${role}` }, ROLES[role] ?? role)));
+    this.prompt.replaceChildren(legend, element("pre", {}, ...pieces));
+  }
+
+  on_export({ name, text }) {
+    const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+    element("a", { href: url, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 10000);
+  }
+
+  on_closed({ text }) {
+    this.closed = text;
+    this.answering = null;
+    this.on_notice({ text });
+    this.drawAll();
+  }
+
+  // What the reader does
+
+  press(event) {
+    if (event.detail > 1) return; // the second half of a double click on Send must not stop the reply
+    if (this.answering !== null || this.draft !== null) this.stop();
+    else this.send();
+  }
+
+  send() {
+    const text = this.input.value.trim();
+    if (!text || this.busy) return;
+    this.draft = text;
+    this.input.value = "";
+    this.notice.hidden = true;
+    this.follow = true;
+    this.tell({ kind: "send", text });
+    clearTimeout(this.patience);
+    this.patience = setTimeout(() => {
+      if (this.draft !== null) this.speed.textContent = "waiting for the kernel: it is busy with a cell";
+    }, 1500);
+    this.announce("Sent");
+    this.drawInput();
+  }
+
+  stop() {
+    this.stopping = true;
+    this.tell({ kind: "stop" });
+    this.drawInput();
+  }
+
+  async importFile() {
+    const [file] = this.file.files;
+    this.file.value = "";
+    if (file) this.tell({ kind: "import", text: await file.text() });
+  }
+
+  showTokens(on) {
+    this.raw = on;
+    this.legend.hidden = !on;
+    this.card.hide();
+    for (const message of this.messages.values()) if (message.isReply) message.clear();
+    this.drawAll();
+  }
+
+  showPrompt(on) {
+    this.prompt.hidden = !on;
+    this.log.hidden = on;
+    this.card.hide();
+    this.askForPrompt();
+    this.drawAll();
+  }
+
+  askForPrompt() {
+    if (!this.prompt.hidden) this.tell({ kind: "prompt" });
+  }
+
+  onKey(event) {
+    if (event.key === "Escape" && this.card.shown) this.card.hide();
+    else if (event.key === "Escape" && this.busy) this.stop();
+    else if (event.key === "Enter" && event.target === this.input && !event.shiftKey && !event.isComposing && event.keyCode !== 229) this.send();
+    else {
+      // plain keys are typed here, not shortcuts of the notebook around us
+      if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
+      return;
+    }
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  onScroll() {
+    const { scrollTop, scrollHeight, clientHeight } = this.log;
+    this.follow = scrollHeight - scrollTop - clientHeight < 40;
+    this.latest.hidden = this.follow || this.log.hidden;
+    this.card.place();
+  }
+
+  toEnd() {
+    this.follow = true;
+    this.log.scrollTop = this.log.scrollHeight;
+  }
+
+  announce(text) {
+    this.said.textContent = text;
+  }
+
+  // Drawing
+
+  drawSoon(message) {
+    this.dirty.add(message);
+    this.frame ||= requestAnimationFrame(() => {
+      this.frame = 0;
+      for (const each of this.dirty) each.draw();
+      this.dirty.clear();
+      this.drawStatus();
+      this.scroll();
+    });
+  }
+
+  drawAll() {
+    for (const message of this.path) message.draw();
+    this.title.textContent = this.facts.model;
+    this.empty.hidden = this.path.length > 0;
+    this.empty.textContent = `Say something to ${this.facts.model}. Then hover a word of the answer to see what else it could have been.`;
+    this.log.setAttribute("aria-busy", String(this.answering !== null));
+    this.newButton.disabled = this.busy || !this.path.length;
+    this.importButton.disabled = this.busy;
+    this.drawInput();
+    this.drawStatus();
+    this.scroll();
+  }
+
+  drawInput() {
+    const busy = this.answering !== null || this.draft !== null;
+    const face = busy ? "stop" : "send";
+    const label = busy ? (this.stopping ? "Stopping \u2026" : "Stop") : "Send";
+    if (!busy) this.stopping = false;
+    this.button.querySelector("path").setAttribute("d", ICONS[face]);
+    this.button.querySelector("span").textContent = label;
+    this.button.title = busy ? "Stop (Escape)" : "Send (Enter); Shift+Enter starts a new line";
+    this.button.setAttribute("aria-label", label);
+    this.button.classList.toggle("wbc-halt", busy);
+    this.button.disabled = Boolean(this.closed) || (busy ? Boolean(this.stopping) : !this.input.value.trim());
+    this.input.disabled = Boolean(this.closed);
+    this.input.style.height = "auto";
+    this.input.style.height = `${Math.min(160, this.input.scrollHeight + 2)}px`;
+  }
+
+  drawStatus() {
+    const stats = this.path.findLast((message) => message.stats.tokens)?.stats ?? {};
+    const used = (stats.prompt_tokens ?? 0) + (stats.tokens ?? 0);
+    const { context, cache_factor: factor } = this.facts;
+    const share = context ? Math.min(1, used / context) : 0;
+    this.meter.style.width = `${100 * share}%`;
+    this.meterBox.classList.toggle("wbc-nearly-full", share > 0.9);
+    this.meterBox.setAttribute("aria-valuemax", String(context));
+    this.meterBox.setAttribute("aria-valuenow", String(used));
+    this.used.textContent = context ? `context ${number(used)} of ${number(context)} tokens` : "";
+    const held = stats.cache_bytes;
+    this.cache.textContent = held ? `cache ${bytes(held)}, ${Math.round(100 * (1 - 1 / factor))} % less than MHA with the same heads` : "";
+    this.cache.title = held ? `Multi-head attention (MHA) would keep a key and a value of every head: ${bytes(held * factor)} for the same tokens at the same precision.` : "";
+    const live = this.messages.get(this.answering)?.stats.tokens_per_second;
+    this.speed.textContent = this.answering === null ? "" : live ? `${live.toFixed(1)} tokens/s` : "reading the prompt \u2026";
+  }
+
+  scroll() {
+    if (this.follow && !this.card.shown) this.log.scrollTop = this.log.scrollHeight;
+  }
+}
+
+export default {
+  render({ model, el }) {
+    const root = element("div");
+    el.append(root);
+    const view = new ChatView(model, root);
+    return () => view.close();
+  },
+};
