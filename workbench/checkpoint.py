@@ -4,7 +4,6 @@ A checkpoint is a directory with config.json and either model.safetensors or sha
 """
 
 import json
-import math
 import re
 import secrets
 import shutil
@@ -14,19 +13,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from workbench.config import Config
 from workbench.errors import CheckpointError
 from workbench.model import Model
+from workbench.shards import INDEX, SINGLE, inspect, some
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,43 +31,7 @@ COPIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-class Stored(NamedTuple):
-    """One tensor in a file: its bytes are [start, start + nbytes) of the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-    def read(self) -> torch.Tensor:
-        """The tensor as it is stored, in memory of its own.
-
-        A plain read and not a memory map: a map keeps every page it has read in the process until the shard is closed,
-        closing it after each tensor means parsing the header again for each, and a file cut short under a map kills
-        the process instead of raising.
-        """
-        raw = torch.empty(self.nbytes, dtype=torch.uint8)
-        try:
-            with self.file.open("rb") as file:
-                file.seek(self.start)
-                found = file.readinto(raw.numpy())
-        except OSError as error:
-            raise CheckpointError(f"{self.file}: reading failed ({error}). Check the disk, or copy it again.") from None
-        if found != self.nbytes:
-            raise CheckpointError(f"{self.file}: it became shorter while it was read. Download it again.")
-        return raw.view(FLOATS[self.dtype]).view(self.shape)
 
 
 class Safetensors:
@@ -84,7 +44,7 @@ class Safetensors:
 
     def __init__(self, path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"):
         self.path = Path(path)
-        self.stored = _inspect(self.path)
+        self.stored = inspect(self.path)
         if dtype == "auto":
             named = Config.from_json(_directory(self.path) / "config.json").dtype
             dtype = torch.float32 if named == "float32" else torch.bfloat16
@@ -119,7 +79,7 @@ class Safetensors:
         return [name for name in self.stored if name not in self.taken and not name.endswith("rotary_emb.inv_freq")]
 
     def _sample(self) -> str:
-        return f"It holds {len(self.stored)} tensors: {_some(sorted(self.stored), 3)}."
+        return f"It holds {len(self.stored)} tensors: {some(sorted(self.stored), 3)}."
 
 
 class Random:
@@ -168,7 +128,7 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu", dtype: t
     Model(config, rehearsal)
     if extra := rehearsal.unused():
         raise CheckpointError(
-            f"{path}: {len(extra)} tensors have no place in the model that config.json describes: {_some(extra, 5)}. "
+            f"{path}: {len(extra)} tensors have no place in the model that config.json describes: {some(extra, 5)}. "
             "Either config.json is not the one of these weights (compare num_hidden_layers, n_routed_experts and "
             "q_lora_rank; download both from the same repository), or this is a later model than DeepSeek-V2."
         )
@@ -243,7 +203,7 @@ def _download(name: str) -> Path:
     wanted = ["config.json", *COPIED, "*.safetensors", INDEX]
     try:
         cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        _inspect(cached)
+        inspect(cached)
         return cached
     except (LocalEntryNotFoundError, CheckpointError):
         pass  # not in the cache, or not all of it: a download that was interrupted goes on where it stopped
@@ -253,103 +213,14 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HTTPError, OSError) as error:
         raise CheckpointError(
-            f"{otherwise}, and Hugging Face could not be asked for it or did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the connection, HF_HUB_OFFLINE and, "
-            f"for a gated repository, HF_TOKEN. {elsewhere}"
+            f"{otherwise}, is not in the local cache, and Hugging Face could not be asked for it or did not give it "
+            f"({type(error).__name__}: {error}). Check the name, the connection, HF_HUB_OFFLINE and, for a gated "
+            f"repository, HF_TOKEN. {elsewhere}"
         ) from error
 
 
 def _directory(path: Path) -> Path:
     return path.parent if path.suffix == ".safetensors" and not path.is_dir() else path
-
-
-def _inspect(path: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint and where its bytes are. CheckpointError for files that are not whole or disagree."""
-    if path.is_file() and path.suffix == ".safetensors":
-        files, index = [path], None
-    elif not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint. Give a directory with config.json and *.safetensors.")
-    elif (path / SINGLE).exists():
-        files, index = [path / SINGLE], None
-    elif (path / INDEX).exists():
-        index = _read_index(path / INDEX)
-        files = [path / name for name in sorted(set(index.values()))]
-    else:
-        raise CheckpointError(_no_weights(path))
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(
-            f"{path}: {len(missing)} of {len(files)} shards that {INDEX} names are missing: {_some(missing, 5)}. "
-            "Download them again, from the same revision."
-        )
-    stored: dict[str, Stored] = {}
-    for file in files:
-        for name, tensor in _read_header(file):
-            if name in stored:
-                raise CheckpointError(
-                    f"{file}: {name} is also in {stored[name].file.name}. Shards of different downloads are mixed: "
-                    "download all of them again."
-                )
-            stored[name] = tensor
-    for name in (index or stored).keys() ^ stored.keys():
-        where, what = (stored[name].file, f"is not in {INDEX}") if name in stored else (path / index[name], "is missing")
-        raise CheckpointError(f"{where}: {name} {what}. Index and shards do not belong together: download both again.")
-    for name, file in (index or {}).items():
-        if stored[name].file != path / file:
-            raise CheckpointError(
-                f"{stored[name].file}: {name} should be in {file}, says {INDEX}. Download both again."
-            )
-    return stored
-
-
-def _no_weights(path: Path) -> str:
-    found = sorted(file.name for file in path.iterdir())
-    if shards := [name for name in found if name.endswith(".safetensors")]:
-        return f"{path}: {INDEX} is missing, so {_some(shards, 3)} cannot be put together. Download it too."
-    if pickles := sorted(file.name for pattern in PICKLES for file in path.glob(pattern)):
-        return (
-            f"{path}: only {_some(pickles, 3)}, and such files run code when they are opened. Convert them where you "
-            "trust them: transformers' from_pretrained(...).save_pretrained(...) writes safetensors."
-        )
-    return f"{path}: neither {SINGLE} nor {INDEX}; there is {_some(found, 5) or 'nothing'}. Download the weights."
-
-
-def _read_index(file: Path) -> dict[str, str]:
-    try:
-        shard_of = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        valid = bool(shard_of) and all(isinstance(shard, str) for shard in shard_of.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
-        raise CheckpointError(f"{file}: not an index, which maps tensors to shards in weight_map. Download it again.")
-    return shard_of
-
-
-def _read_header(file: Path) -> Iterator[tuple[str, Stored]]:
-    """The tensors of one file. The library checks the format: header, offsets, and that the file is as long as both."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} ({file.stat().st_size:,} bytes) is not a whole safetensors file: {error}. It was cut short or "
-            "changed, or is a placeholder of Git LFS: download it again."
-        ) from None
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    if any(name.endswith("weight_scale_inv") for name in header):
-        raise CheckpointError(
-            f"{file}: fp8 weights with scales (weight_scale_inv) are not supported yet. Dequantise them to bfloat16 first."
-        )
-    for name, entry in header.items():
-        if entry["dtype"] not in FLOATS:
-            raise CheckpointError(
-                f"{file}: {name} is stored as {entry['dtype']}; weights must be one of {', '.join(FLOATS)}. "
-                "Is this a quantised checkpoint? Use the bfloat16 one."
-            )
-        start, end = entry["data_offsets"]
-        yield name, Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
 
 
 @contextmanager
@@ -366,7 +237,7 @@ def _check_replaceable(path: Path) -> None:
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists() and not ((path / "config.json").is_file() and any(path.glob("model*.safetensors"))):
-        raise CheckpointError(f"{path} exists and is not a checkpoint, so it is not overwritten. Choose another folder.")
+        raise CheckpointError(f"{path} is there and is no checkpoint, so it is not overwritten. Choose another folder.")
 
 
 def _write_weights(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -407,9 +278,9 @@ def _replace(path: Path, staging: Path) -> None:
     path.rename(old)
     try:
         staging.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
+    finally:
+        if not path.exists():
+            old.rename(path)
     for file in old.iterdir():
         if not file.match("model*.safetensors*") and not (path / file.name).exists():
             file.rename(path / file.name)
@@ -418,8 +289,3 @@ def _replace(path: Path, staging: Path) -> None:
 
 def _write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _some(names: list[str], limit: int) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -2,13 +2,13 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
 
 from workbench.cache import LatentCache
-from workbench.chat import Prompt, Span, render
+from workbench.chat import Prompt, Span, detect, render
 from workbench.errors import RequestError
 from workbench.model import Model
 from workbench.sampling import Choice, Dice, Sampling, StopStrings, sample
@@ -16,7 +16,7 @@ from workbench.tokenizer import Tokenizer
 
 CHUNK = 512  # tokens of a prompt per forward pass: bounds the memory of a prefill, and how long a stop waits
 
-type_of_prompt = str | list[dict] | list[int]
+Request = str | list[dict] | list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,11 @@ class Step:
 
 @dataclass
 class Stats:
-    """What a generation cost, up to date at every step. `finish` is "stopped" where a stop was asked for."""
+    """What a generation cost, up to date at every step.
+
+    Where a stop was asked for, `finish` is "stopped" and `tail` is the text that was still held back: an incomplete
+    character, or what could have become a stop string.
+    """
 
     prompt_tokens: int
     seed: int
@@ -49,6 +53,7 @@ class Stats:
     decode_seconds: float = 0.0
     tokens: int = 0
     finish: str | None = None
+    tail: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -149,7 +154,7 @@ class Engine:
     def new_cache(self, batch: int = 1, format: str | None = None) -> LatentCache:
         return LatentCache(self.model.config, batch, format or self.cache_format, self.model.device)
 
-    def prompt(self, prompt: type_of_prompt, open_last: bool = False) -> Prompt:
+    def prompt(self, prompt: Request, open_last: bool = False) -> Prompt:
         """Tokens and role spans of what was asked. RequestError for nothing, or more than the context holds."""
         if isinstance(prompt, str):
             tokens = [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
@@ -158,6 +163,8 @@ class Engine:
             made = Prompt(list(prompt), [Span("text", 0, len(prompt), None)])
         else:
             made = render(prompt, self.tokenizer, open_last=open_last)
+            if prompt[-1]["role"] == "assistant" and not open_last:
+                raise RequestError("the last message is the assistant's: add the user's, or go on with open_last=True.")
         if prompt in ("", []) or not made.tokens:
             raise RequestError("the prompt is empty: write something first.")
         wrong = [token for token in made.tokens if not 0 <= token < self.model.config.vocab_size]
@@ -172,7 +179,7 @@ class Engine:
 
     def stream(
         self,
-        prompt: type_of_prompt,
+        prompt: Request,
         sampling: Sampling | None = None,
         *,
         stop: threading.Event | None = None,
@@ -187,7 +194,7 @@ class Engine:
         reply = self._reply(made, prompt, sampling or Sampling(), continues)
         return Stream(self._steps(reply, stop or threading.Event()), reply.stats, made)
 
-    def _reply(self, made: Prompt, prompt: type_of_prompt, sampling: Sampling, continues: bool = False) -> Reply:
+    def _reply(self, made: Prompt, prompt: Request, sampling: Sampling, continues: bool = False) -> Reply:
         chat = not isinstance(prompt, str) and isinstance(prompt[0], dict)
         strip = chat and not continues and detect(self.tokenizer).leading_space
         return Reply(self.tokenizer, list(made.tokens), sampling, self.context, strip)
@@ -218,12 +225,12 @@ class Engine:
                         return
                     started = perf_counter()
                     logits = self._forward([[step.token]], cache)
-            reply.stats.finish = "stopped"
+            reply.stats.finish, reply.stats.tail = "stopped", reply.rest()
         finally:
             self._held = (reply.tokens[: cache.lengths[0]], cache)
 
     def batch(
-        self, prompts: Sequence[type_of_prompt], sampling: Sampling | Sequence[Sampling] | None = None, slots: int = 8
+        self, prompts: Sequence[Request], sampling: Sampling | Sequence[Sampling] | None = None, slots: int = 8
     ) -> list[Completion]:
         """Answers to many prompts of any length, `slots` at a time; a slot is refilled when its answer ends.
 
@@ -275,12 +282,13 @@ class Engine:
             cache.truncate(0)
         return not steps[-1].finish
 
-    def generate(self, prompt: type_of_prompt, sampling: Sampling | None = None, **options) -> Completion:
+    def generate(self, prompt: Request, sampling: Sampling | None = None, **options) -> Completion:
         """`stream` to its end; takes the same options."""
         stream = self.stream(prompt, sampling, **options)
         steps = list(stream)
         tokens = [step.token for step in steps if step.finish != "eos"]
-        return Completion(len(stream.prompt.tokens), tokens, "".join(s.text for s in steps), steps, stream.stats)
+        text = "".join(step.text for step in steps) + stream.stats.tail
+        return Completion(len(stream.prompt.tokens), tokens, text, steps, stream.stats)
 
     @torch.inference_mode()
     def _forward(self, tokens: list[list[int]], cache: LatentCache) -> torch.Tensor:

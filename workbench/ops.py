@@ -4,6 +4,11 @@ N tokens, B batch, T new tokens, S tokens so far, H heads, D hidden, W key width
 G groups, I expert width.
 """
 
+from collections.abc import Callable
+from functools import cache, wraps
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -12,11 +17,43 @@ import torch.nn.functional as F
 from workbench.config import Config
 
 
+@cache
+def kernel(name: str) -> ModuleType | None:
+    """The file in kernels/ for the op of that name, if there is one here and Triton can be imported."""
+    if find_spec("triton") is None or find_spec("workbench_kernels") is None:
+        return None
+    return import_module(f"workbench_kernels.{name}") if find_spec(f"workbench_kernels.{name}") else None
+
+
+def refusal(name: str, *args) -> str | None:
+    """Why the reference, not a kernel, answers this call; None where the kernel does."""
+    if not args[0].is_cuda:
+        return f"tensors are on {args[0].device.type}"
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+        return "a gradient is asked for"
+    file = kernel(name)
+    return f"there is no kernel for {name} here" if file is None else file.refuses(*args)
+
+
+def op(body: Callable) -> Callable:
+    """A reference body that a kernel of the same name may answer for. `refusal` says, for any call, which and why."""
+    name = body.__name__
+
+    @wraps(body)
+    def call(*args):
+        if args[0].is_cuda and refusal(name, *args) is None:
+            return kernel(name).launch(*args)
+        return body(*args)
+
+    return call
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [..., in] by weight [out, in]."""
     return F.linear(x, weight)
 
 
+@op
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalised in fp32 and rounded to x's type before the weight, the order of the original code."""
     return weight * F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype)

@@ -1,0 +1,1 @@
+"""Measurements against other implementations: same weights, same type, same threads, one run."""

@@ -7,9 +7,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from workbench.errors import RequestError
+from workbench.tokenizer import BOS, EOS
 
-BOS = "<｜begin▁of▁sentence｜>"
-EOS = "<｜end▁of▁sentence｜>"
 SPECIAL = (
     BOS,
     EOS,

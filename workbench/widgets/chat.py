@@ -1,0 +1,280 @@
+"""The chat panel: a conversation in the notebook, every control of which is also a method."""
+
+import json
+import weakref
+from pathlib import Path
+
+import anywidget
+import ipywidgets
+from IPython import get_ipython
+
+from workbench.config import Config
+from workbench.errors import RequestError, WorkbenchError
+from workbench.sampling import Sampling
+from workbench.session import Conversation
+from workbench.turns import Turn
+from workbench.widgets.controls import Controls
+from workbench.widgets.publisher import Publisher
+from workbench.widgets.transcript import as_html, as_text
+from workbench.workbench import Workbench
+
+HERE = Path(__file__).parent
+# one browser module, in the order of its parts: widgets have no import paths of their own
+PARTS = ("markdown.js", "inspect.js", "message.js", "chat.js")
+
+_live: "weakref.WeakSet[ChatPanel]" = weakref.WeakSet()  # panels with a worker, so that a new one can end an old one
+
+
+class ChatView(anywidget.AnyWidget):
+    """What the browser draws. It is told everything by messages, so a saved notebook holds no history."""
+
+    _esm = "\n".join((HERE / name).read_text(encoding="utf-8") for name in PARTS)
+    _css = HERE / "chat.css"
+
+
+class ChatPanel(ipywidgets.VBox):
+    """Talk to `bench`. All methods return at once; `wait` is how a script waits.
+
+    A `turn` is one of `history`, or its index there. A new panel on the same bench, or from the same cell run again,
+    closes this one. While nobody displays it, the panel works all the same.
+    """
+
+    def __init__(self, bench: Workbench, system: str | None = None, sampling: Sampling | None = None) -> None:
+        self._cell = _cell()
+        for panel in list(_live):
+            if panel.conversation.bench is bench or _same_cell(panel._cell, self._cell):
+                panel.retire("This panel was closed, because a newer one took its place.")
+        self._name = bench.name
+        self._view = ChatView()
+        self._view.on_msg(self._hear)
+        self.conversation = Conversation(bench, system, sampling)
+        self._publish()
+        self._controls = Controls(
+            self.conversation.sampling, self.system, self._sampling_changed, self._system_changed, self._refuse
+        )
+        super().__init__([self._view, self._controls])
+        _live.add(self)
+
+    # Talking: what the buttons do
+
+    def send(self, text: str) -> None:
+        """Says `text`; the reply grows in the background. RequestError while one is still being generated."""
+        self.conversation.send(text)
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the reply is complete. Raises what went wrong in it; TimeoutError after `seconds`."""
+        self.conversation.wait(seconds)
+
+    def stop(self) -> None:
+        """Ends the reply after the current token; what was said stays."""
+        self.conversation.stop()
+
+    def regenerate(self, turn: Turn | int | None = None) -> None:
+        """Another version of a reply, by default the last."""
+        self.conversation.regenerate(None if turn is None else self._turn(turn))
+
+    def edit(self, turn: Turn | int, text: str) -> None:
+        """Another version of one of your messages, with its own reply."""
+        self.conversation.edit(self._turn(turn), text)
+
+    def continue_(self, turn: Turn | int | None = None) -> None:
+        """Goes on with a reply that was stopped or cut off, by default the last."""
+        self.conversation.continue_(None if turn is None else self._turn(turn))
+
+    def branch(self, turn: Turn | int, index: int, token: int) -> None:
+        """Another version of a reply with `token` in place of its token number `index`."""
+        self.conversation.branch(self._turn(turn), index, token)
+
+    def select(self, turn: Turn | int) -> None:
+        """Shows this version: one of the `versions` of a turn."""
+        self.conversation.select(self._turn(turn))
+
+    def clear(self) -> None:
+        """A new conversation with the same settings."""
+        self.conversation.clear()
+
+    @property
+    def history(self) -> list[Turn]:
+        """The visible turns, oldest first; each has `role`, `text`, and for replies `tokens`, `steps`, `stats`."""
+        return self.conversation.path
+
+    @property
+    def system(self) -> str:
+        """The system prompt, from the next reply on."""
+        return self.conversation.system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._controls.system.value = text or ""
+        self.conversation.system = text
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen, from the next reply on."""
+        return self.conversation.sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self.conversation.sampling = sampling
+        self._controls.show(sampling)
+
+    def export(self, path: str | Path | None = None) -> dict:
+        """The whole conversation as JSON values, written to `path` if there is one."""
+        data = self.conversation.export()
+        if path is not None:
+            Path(path).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        return data
+
+    def load(self, source: str | Path | dict) -> None:
+        """Shows a conversation that was exported, from a file or as JSON values. RequestError leaves this one alone."""
+        if not isinstance(source, dict):
+            try:
+                source = Path(source).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise RequestError(f"{source}: cannot be read ({error}).") from None
+        self._load(source)
+
+    def retire(self, reason: str = "This panel was closed.") -> None:
+        """Ends the worker and lets the model go; what was said stays on the screen."""
+        _live.discard(self)
+        self.conversation.close()
+        self._view.send({"kind": "closed", "text": reason})
+
+    def close(self) -> None:
+        """Ends the worker and takes the panel off the screen."""
+        if self in _live:
+            self.retire()
+        super().close()
+
+    # Behind the buttons
+
+    def _publish(self) -> None:
+        bench = self.conversation.bench
+        facts = {"model": bench.name, "context": bench.context, "cache_factor": cache_factor(bench.config)}
+        self._publisher = Publisher(self.conversation, facts, bench.tokenizer.piece, self._view.send)
+
+    def _turn(self, turn: Turn | int) -> Turn:
+        if not isinstance(turn, int):
+            return turn
+        try:
+            return self.history[turn]
+        except IndexError:
+            raise RequestError(f"there is no turn {turn}; the history has {len(self.history)}.") from None
+
+    def _load(self, source: str | dict) -> None:
+        if isinstance(source, str):
+            try:
+                source = json.loads(source)
+            except json.JSONDecodeError as error:
+                raise RequestError(f"this is not a conversation: it is not JSON ({error}).") from None
+        old = self.conversation
+        if old.answering:
+            raise RequestError("still answering: stop() first, or wait().")
+        self.conversation = Conversation.load(old.bench, source)
+        self._publisher.unsubscribe()
+        old.close()
+        self._publish()
+        self._controls.show(self.sampling)
+        self._controls.system.value = self.system
+        self._publisher.path()
+
+    def _hear(self, _view: ChatView, message: dict, _buffers: list) -> None:
+        """Runs in the kernel's own thread: flags and queues only, never a token."""
+        try:
+            self._obey(message)
+        except WorkbenchError as error:
+            self._refuse(str(error), message.get("text") if message.get("kind") == "send" else None)
+
+    def _obey(self, message: dict) -> None:
+        talk = self.conversation
+        match message:
+            case {"kind": "ready", "view": str(view)}:
+                self._publisher.path(view)
+                if self not in _live:
+                    self._view.send({"kind": "closed", "text": "This panel was closed."})
+            case {"kind": "send", "text": str(text)}:
+                talk.send(text)
+            case {"kind": "stop"}:
+                talk.stop()
+            case {"kind": "regenerate", "turn": int(key)}:
+                talk.regenerate(talk.find(key))
+            case {"kind": "edit", "turn": int(key), "text": str(text)}:
+                talk.edit(talk.find(key), text)
+            case {"kind": "continue", "turn": int(key)}:
+                talk.continue_(talk.find(key))
+            case {"kind": "branch", "turn": int(key), "index": int(index), "token": int(token)}:
+                talk.branch(talk.find(key), index, token)
+            case {"kind": "select", "turn": int(key)}:
+                talk.select(talk.find(key))
+            case {"kind": "clear"}:
+                talk.clear()
+            case {"kind": "prompt"}:
+                self._view.send({"kind": "prompt"} | self._prompt())
+            case {"kind": "export"}:
+                text = json.dumps(talk.export(), ensure_ascii=False)
+                self._view.send({"kind": "export", "name": f"conversation-{self._file_name()}.json", "text": text})
+            case {"kind": "import", "text": str(text)}:
+                self._load(text)
+
+    def _prompt(self) -> dict:
+        """The exact prompt as runs of text: [role, text, whether it is one special token]."""
+        bench = self.conversation.bench
+        if bench is None or not self.history:
+            return {"parts": [], "tokens": 0}
+        prompt = self.conversation.prompt()
+        parts = []
+        for span in prompt.spans:
+            run = []
+            for token in prompt.tokens[span.start : span.end]:
+                if not bench.tokenizer.is_special(token):
+                    run.append(token)
+                    continue
+                parts += [
+                    [span.role, bench.tokenizer.decode(run), False],
+                    [span.role, bench.tokenizer.piece(token), True],
+                ]
+                run = []
+            parts.append([span.role, bench.tokenizer.decode(run), False])
+        return {"parts": [part for part in parts if part[1]], "tokens": len(prompt.tokens)}
+
+    def _file_name(self) -> str:
+        return "".join(c if c.isalnum() or c in "-." else "-" for c in Path(self._name).name)
+
+    def _sampling_changed(self, sampling: Sampling) -> None:
+        self.conversation.sampling = sampling
+
+    def _system_changed(self, text: str) -> None:
+        self.conversation.system = text
+
+    def _refuse(self, text: str, draft: str | None = None) -> None:
+        self._view.send({"kind": "notice", "text": text, "draft": draft})
+
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        """The widget, and for where it cannot run what was said up to the moment it was displayed."""
+        still = {"text/plain": as_text(self._name, self.history), "text/html": as_html(self._name, self.history)}
+        return super()._repr_mimebundle_(**kwargs) | still
+
+
+def chat(bench: Workbench, system: str | None = None, sampling: Sampling | None = None) -> ChatPanel:
+    """A panel to talk to `bench`; the last expression of a cell shows it."""
+    return ChatPanel(bench, system, sampling)
+
+
+def cache_factor(config: Config) -> float:
+    """How much more multi-head attention with the same heads would cache: a key and a value per head against one latent.
+
+    2 n_h d_h elements per token and layer (DeepSeek-V2, table 1), with d_h the width of a value head.
+    """
+    return 2 * config.num_attention_heads * config.v_head_dim / config.latent_width
+
+
+def _cell() -> tuple[str, str] | None:
+    """Which notebook cell is running, and in which of its runs; None outside a notebook."""
+    kernel = getattr(get_ipython(), "kernel", None)
+    parent = kernel.get_parent() if kernel else {}
+    cell = parent.get("metadata", {}).get("cellId")
+    return (cell, parent["header"]["msg_id"]) if cell else None
+
+
+def _same_cell(old: tuple[str, str] | None, new: tuple[str, str] | None) -> bool:
+    return bool(old and new) and old[0] == new[0] and old[1] != new[1]
