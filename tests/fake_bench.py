@@ -16,7 +16,10 @@ class FakeTokenizer:
     names = {256: "<bos>", 257: "<eos>", 258: "<user>"}
 
     def encode(self, text):
-        return list(text.encode())
+        return list(text.encode("utf-8", "surrogateescape"))
+
+    def align(self, text):
+        return self.encode(text), [(at, at + 1) for at, character in enumerate(text) for _ in character.encode()]
 
     def decode(self, tokens, special=True):
         decoder = self.stream(special)
@@ -91,11 +94,13 @@ class FakeEngine:
         self.asked.append(SimpleNamespace(messages=prompt, sampling=sampling, open_last=open_last))
         text = self.says.pop(0) if len(self.says) > 1 else self.says[0]
         tokens = [*self.tokenizer.encode(text), self.tokenizer.eos]
-        return FakeStream(self, tokens, sampling, stop or threading.Event(), prompt)
+        kept = prompt[-1].get("tokens", []) if open_last else []
+        return FakeStream(self, tokens, sampling, stop or threading.Event(), prompt, kept)
 
 
 class FakeStream:
-    def __init__(self, engine, tokens, sampling, stop, prompt):
+    def __init__(self, engine, tokens, sampling, stop, prompt, kept):
+        self.kept = kept
         self.engine, self.tokens, self.sampling, self.stop = engine, tokens, sampling, stop
         self.start = sum(len(m.get("tokens") or m["content"]) for m in prompt)
         self.stats = FakeStats(prompt_tokens=self.start, prefilled_tokens=self.start)
@@ -105,6 +110,8 @@ class FakeStream:
 
     def __iter__(self):
         decoder = self.engine.tokenizer.stream(special=False)
+        for token in self.kept:
+            decoder.push(token)
         for index, token in enumerate(self.tokens):
             while self.engine.gate and not self.engine.gate.acquire(timeout=0.01):
                 if self.stop.is_set():
@@ -122,7 +129,7 @@ class FakeStream:
             alternatives = (Alternative(token, 0.5, 0.8), Alternative(ord("X"), 0.25, 0.2), Alternative(257, 0.1, 0.0))
             yield SimpleNamespace(
                 token=token,
-                text=decoder.push(token),
+                text=decoder.push(token) + (decoder.flush() if finish else ""),
                 choice=Choice(token, math.log(0.5), 0.8, 1.2, alternatives),
                 seconds=0.01,
                 position=self.start + index,

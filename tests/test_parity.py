@@ -1,6 +1,7 @@
 """The model computes what DeepSeek-V2 computes: against transformers where it is right, against float64 everywhere."""
 
 import json
+from dataclasses import replace
 
 import checkpoints
 import pytest
@@ -141,7 +142,7 @@ def test_a_checkpoint_saved_here_opens_in_transformers_with_the_same_logits(name
 def test_a_checkpoint_transformers_has_no_words_for_survives_saving(name, model, tokens, tmp_path):
     save(model(name), tmp_path / "saved")
     again = open_model(tmp_path / "saved", dtype=torch.float32)
-    assert again.config == model(name).config
+    assert again.config == replace(model(name).config, dtype="float32")  # as it was saved
     assert torch.equal(logits_of(again, tokens), logits_of(model(name), tokens))
 
 

@@ -172,6 +172,18 @@ def test_a_branch_inside_a_character_keeps_the_text_whole(conversation):
     assert branch.content == "丒!"
 
 
+def test_a_character_cut_by_the_limit_is_completed_when_the_reply_goes_on(conversation):
+    engine = conversation.bench.engine
+    conversation.sampling = Sampling(max_tokens=4)
+    engine.says = ["专家"]
+    reply = ask(conversation)
+    assert reply.content == "专\ufffd"
+    engine.says = ["家".encode()[1:].decode("utf-8", "surrogateescape")]
+    conversation.continue_()
+    conversation.wait(SECONDS)
+    assert reply.content == "专家"
+
+
 def test_branching_to_the_end_of_turn_ends_the_reply(conversation):
     first = ask(conversation)
     branch = conversation.branch(first, 5, conversation.bench.tokenizer.eos)

@@ -50,9 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train the model that ships with the package")
     train.add_argument("what", choices=["pocket"])
     train.add_argument("--out", type=Path, default=Path("runs/pocket"), help="where the checkpoint goes")
-    train.add_argument("--minutes", type=float, default=argparse.SUPPRESS)
-    train.add_argument("--steps", type=int, default=argparse.SUPPRESS)
-    train.add_argument("--seed", type=int, default=argparse.SUPPRESS)
+    train.add_argument("--steps", type=int, help="fewer than the recipe's make a worse model sooner")
+    train.add_argument("--seed", type=int, default=0)
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="the held-out questions of pocket")
@@ -120,10 +119,20 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from workbench.train.loop import train_pocket
+    from workbench.train.loop import Recipe
+    from workbench.train.pocket import train_pocket
 
-    given = {name: getattr(options, name) for name in ("minutes", "steps", "seed") if name in options}
-    train_pocket(options.out, **given)
+    recipe = Recipe() if options.steps is None else Recipe(steps=options.steps)
+
+    def report(progress) -> None:
+        if progress.step % 20 == 0 or progress.step == recipe.steps - 1:
+            print(
+                f"step {progress.step} of {recipe.steps}, loss {progress.loss:.3f}, balance {progress.expert:.2f}, "
+                f"{progress.tokens / 1e6:.1f}M tokens, {progress.seconds / 60:.1f} minutes",
+                flush=True,
+            )
+
+    train_pocket(options.out, recipe, options.seed, report)
     return 0
 
 

@@ -145,9 +145,11 @@ class LatentCache:
 
     def fork(self) -> "LatentCache":
         """A copy that shares every block until one side writes to it."""
-        for sequence in self.sequences:
-            self.pool.share(sequence.table)
-        return self._over([Sequence(self.pool, list(s.table), s.length) for s in self.sequences])
+        # not the room reserved by a pass that was interrupted: both sides would write there
+        tables = [sequence.table[: -(-sequence.length // BLOCK)] for sequence in self.sequences]
+        for table in tables:
+            self.pool.share(table)
+        return self._over([Sequence(self.pool, *each) for each in zip(tables, self.lengths, strict=True)])
 
     def truncate(self, length: int, sequence: int | None = None) -> None:
         """Forgets everything from position `length` on, in one sequence or in all."""
@@ -179,7 +181,8 @@ class LatentCache:
                 self.pool.copy_block(sequence.table[last], own)
                 shared, sequence.table[last] = sequence.table[last], own
                 self.pool.release([shared])
-            sequence.table += self.pool.take(-(-needed // BLOCK) - len(sequence.table))
+            missing = -(-needed // BLOCK) - len(sequence.table)  # negative after an interrupted pass that wanted more
+            sequence.table += self.pool.take(max(0, missing))
             sequence.locate(needed, self.pool.device)
 
     def append(self, layer: int, rows: torch.Tensor) -> None:
@@ -188,6 +191,7 @@ class LatentCache:
         for sequence, new in zip(self.sequences, rows.detach(), strict=True):
             where = _after(sequence.where, sequence.length)
             for part, packed in zip(self.pool.layers[layer], self.pool.format.pack(new), strict=True):
+                assert part[where].shape == packed.shape, "reserve() before append(), for as many tokens"
                 part[where] = packed
 
     def rows(self, layer: int, sequence: int, dtype: torch.dtype) -> torch.Tensor:

@@ -7,12 +7,10 @@ import json
 import re
 import secrets
 import shutil
-import sys
 import traceback
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from safetensors import SafetensorError
@@ -132,7 +130,7 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu", dtype: t
             "Either config.json is not the one of these weights (compare num_hidden_layers, n_routed_experts and "
             "q_lora_rank; download both from the same repository), or this is a later model than DeepSeek-V2."
         )
-    with _nothing_left_behind():
+    with _Whole():
         return Model(config, Safetensors(path, rehearsal.dtype, device))
 
 
@@ -223,14 +221,19 @@ def _directory(path: Path) -> Path:
     return path.parent if path.suffix == ".safetensors" and not path.is_dir() else path
 
 
-@contextmanager
-def _nothing_left_behind() -> Iterator[None]:
-    """Empties the frames of an error: a notebook keeps the last one, and with its frames a half-loaded model."""
-    try:
-        yield
-    finally:
-        if (error := sys.exception()) is not None:
-            traceback.clear_frames(error.__traceback__)
+class _Whole:
+    """Lets a body finish or leaves nothing of it: a notebook keeps the last error, the error its frames, and they would
+    keep a half-loaded model. An error nobody foresaw carries its frames on as text."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, frames: TracebackType | None) -> None:
+        if error is None:
+            return
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            error.add_note("".join(traceback.format_tb(frames)))
+        error.__traceback__ = None
 
 
 def _check_replaceable(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from workbench.chat import Prompt, render
 from workbench.errors import RequestError, WorkbenchError
 from workbench.sampling import Sampling
-from workbench.turns import Record, Tree, Turn, by_hand, read, write
+from workbench.turns import Record, Tree, Turn, put_by_hand, read, reopen, write
 
 if TYPE_CHECKING:
     from workbench.workbench import Workbench
@@ -135,6 +135,7 @@ class Conversation:
             if turn.role != "assistant" or turn.finish not in UNFINISHED:
                 raise RequestError("this reply came to its own end; regenerate it, or branch from one of its tokens.")
             self.tree.select(turn)
+            reopen(turn, self.bench.tokenizer)
             return self._queue(turn)
 
     def branch(self, turn: Turn, index: int, token: int) -> Turn:
@@ -147,8 +148,8 @@ class Conversation:
                 raise RequestError(f"token {token} is not in the vocabulary of {bench.tokenizer.vocab_size}.")
             self.tree.select(turn)
             reply = self.tree.add(turn.parent, "assistant")
-            for record in (*turn.steps[:index], by_hand(turn.steps, index, token, bench.tokenizer)):
-                reply.append(record)
+            reply.steps = [*turn.steps[:index], put_by_hand(turn.steps[index], token)]
+            reopen(reply, bench.tokenizer)
             if token != bench.tokenizer.eos:
                 return self._queue(reply)
             reply.settings, reply.finish = self.sampling, "eos"

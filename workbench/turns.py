@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from workbench.chat import detect
 from workbench.errors import RequestError
 from workbench.sampling import Alternative, Sampling
 
@@ -150,15 +151,25 @@ def read(data: dict, vocab_size: int) -> tuple[Tree, Sampling]:
     return _tree(data.get("turns"), vocab_size), _sampling(data["sampling"], "sampling")
 
 
-def by_hand(steps: list[Record], index: int, token: int, tokenizer: "Tokenizer") -> Record:
-    """The record of `token` put in place of `steps[index]`, with its probability where it was an alternative."""
+def reopen(turn: Turn, tokenizer: "Tokenizer") -> None:
+    """Spells a reply anew from its tokens, so that it can go on.
+
+    A character that a limit cut in two was shown as U+FFFD, and text that could have begun a stop string was held back.
+    """
     decoder = tokenizer.stream(special=False)
-    for record in steps[:index]:
-        decoder.push(record.token)
-    known = next((a for a in steps[index].alternatives if a.token == token), None)
-    return steps[index]._replace(
+    texts = [decoder.push(record.token) for record in turn.steps]
+    first = next((index for index, text in enumerate(texts) if text), None)
+    if first is not None and detect(tokenizer).leading_space:
+        texts[first] = texts[first].removeprefix(" ")
+    turn.steps = [record._replace(text=text) for record, text in zip(turn.steps, texts, strict=True)]
+    turn.content = "".join(texts)
+
+
+def put_by_hand(record: Record, token: int) -> Record:
+    """`token` in place of the one that was chosen, with its probabilities where it was an alternative."""
+    known = next((a for a in record.alternatives if a.token == token), None)
+    return record._replace(
         token=token,
-        text=decoder.push(token),
         logprob=math.log(known.before) if known and known.before > 0 else None,
         probability=known.after if known else None,
         by_hand=True,

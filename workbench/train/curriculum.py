@@ -123,7 +123,7 @@ def _any(rng: Random, language: str, reply: str | None = None) -> Turn:
     if reply is None and kind != "outside" and rng.random() < 0.04:
         at = int(rng.random() * 3)
         turn = _told(rng, language, kind, LANGUAGES[at])
-        user, _ = _fill(rng, language, "in/language", {"language": LANGUAGE_NAMES[language][at], "q": turn.user})
+        user, _ = _fill(rng, language, "in/language", {"language": LANGUAGE_NAMES[language][at], "q": turn.user, "v": ""})
         return turn._replace(user=user)
     return _told(rng, language, kind, reply or language)
 

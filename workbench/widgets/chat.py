@@ -168,6 +168,8 @@ class ChatPanel(ipywidgets.VBox):
             except json.JSONDecodeError as error:
                 raise RequestError(f"this is not a conversation: it is not JSON ({error}).") from None
         old = self.conversation
+        if old.bench is None:
+            raise RequestError("this panel was closed; open another one with wb.chat(bench).")
         if old.answering:
             raise RequestError("still answering: stop() first, or wait().")
         self.conversation = Conversation.load(old.bench, source)
@@ -249,6 +251,9 @@ class ChatPanel(ipywidgets.VBox):
     def _refuse(self, text: str, draft: str | None = None) -> None:
         self._view.send({"kind": "notice", "text": text, "draft": draft})
 
+    def __repr__(self) -> str:
+        return f"<ChatPanel {self._name}: {len(self.history)} turns>"
+
     def _repr_mimebundle_(self, **kwargs) -> dict:
         """The widget, and for where it cannot run what was said up to the moment it was displayed."""
         still = {"text/plain": as_text(self._name, self.history), "text/html": as_html(self._name, self.history)}
@@ -261,7 +266,7 @@ def chat(bench: Workbench, system: str | None = None, sampling: Sampling | None 
 
 
 def cache_factor(config: Config) -> float:
-    """How much more multi-head attention with the same heads would cache: a key and a value per head against one latent.
+    """How much more multi-head attention with the same heads would cache: a key and a value per head, not one latent.
 
     2 n_h d_h elements per token and layer (DeepSeek-V2, table 1), with d_h the width of a value head.
     """
