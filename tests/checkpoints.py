@@ -104,7 +104,7 @@ ORACLE = {  # what transformers implements
 }
 ALONE = {  # where transformers is silent: the float64 reference decides
     "normed_gates": V2 | {"norm_topk_prob": True},
-    "moe_every_other_layer": V2 | {"moe_layer_freq": 2, "num_hidden_layers": 5},
+    "moe_every_other_layer": V2 | {"moe_layer_freq": 2, "num_hidden_layers": 5, "routed_scaling_factor": 4.0},
     "no_shared_experts": LITE | {"n_shared_experts": None},
 }
 CASES = ORACLE | ALONE
@@ -127,7 +127,7 @@ def draw(config: dict, seed: int) -> dict[str, Tensor]:
             tensors[name] = 1 + 0.2 * noise
         else:
             sharp = any(part in name for part in (".q_proj", ".q_b_proj", ".kv_a_proj", ".mlp.gate.weight"))
-            tensors[name] = noise * (1.5 if sharp else 1) * shape[1] ** -0.5
+            tensors[name] = noise * (1.25 if sharp else 1) * shape[1] ** -0.5
     return tensors
 
 

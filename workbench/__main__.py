@@ -119,16 +119,17 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from workbench.train.loop import Recipe
+    from workbench.train.loop import Progress, Recipe
     from workbench.train.pocket import train_pocket
 
-    recipe = Recipe() if options.steps is None else Recipe(steps=options.steps)
+    recipe = Recipe(steps=options.steps)
 
-    def report(progress) -> None:
-        if progress.step % 20 == 0 or progress.step == recipe.steps - 1:
+    def report(progress: Progress) -> None:
+        if progress.step % 25 == 24 or progress.step + 1 == recipe.steps:
             print(
-                f"step {progress.step} of {recipe.steps}, loss {progress.loss:.3f}, balance {progress.expert:.2f}, "
-                f"{progress.tokens / 1e6:.1f}M tokens, {progress.seconds / 60:.1f} minutes",
+                f"step {progress.step + 1} of {recipe.steps}: {progress.loss:.3f} nats, balance {progress.expert:.2f} "
+                f"{progress.device:.2f} {progress.communication:.2f}, {progress.tokens:,} tokens, "
+                f"{progress.seconds / 60:.1f} min",
                 flush=True,
             )
 

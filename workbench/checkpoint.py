@@ -212,8 +212,8 @@ def _download(name: str) -> Path:
     except (HTTPError, OSError) as error:
         raise CheckpointError(
             f"{otherwise}, is not in the local cache, and Hugging Face could not be asked for it or did not give it "
-            f"({type(error).__name__}: {error}). Check the name, the connection, HF_HUB_OFFLINE and, for a gated "
-            f"repository, HF_TOKEN. {elsewhere}"
+            f"({type(error).__name__}: {' '.join(str(error).split())}). Check the name, the connection, "
+            f"HF_HUB_OFFLINE and, for a gated repository, HF_TOKEN. {elsewhere}"
         ) from error
 
 

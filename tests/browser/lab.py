@@ -8,15 +8,16 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 OUTSIDE = re.compile(r"^(https?|wss?)://(?!127\.0\.0\.1[:/])")
 FOLDERS = (
     "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR",
@@ -26,7 +27,14 @@ FOLDERS = (
 
 def notebook(*cells: str) -> str:
     made = [
-        {"cell_type": "code", "id": f"cell{n}", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
+        {
+            "cell_type": "code",
+            "id": f"cell{n}",
+            "metadata": {},
+            "execution_count": None,
+            "outputs": [],
+            "source": source,
+        }
         for n, source in enumerate(cells)
     ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -40,10 +48,16 @@ def serving(folder: Path, command: list[str]):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    }
     for name in FOLDERS:
         (folder / ".state" / name).mkdir(parents=True)
         environment[name] = str(folder / ".state" / name)
+    # the one question JupyterLab asks at its first start covers a corner of the page
+    news = folder / ".state" / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab" / "apputils-extension"
+    news.mkdir(parents=True)
+    (news / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
     command = [
         *command, "--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
         f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True", "--ServerApp.open_browser=False",
@@ -57,14 +71,10 @@ def serving(folder: Path, command: list[str]):
         yield address, token
     finally:
         server.send_signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             server.wait(5)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def _until_up(url: str, server: subprocess.Popen, log: Path) -> None:
@@ -81,7 +91,13 @@ def _until_up(url: str, server: subprocess.Popen, log: Path) -> None:
 @contextmanager
 def browsing(playwright, folder: Path, size=(1280, 900)):
     """A page of chromium, and the list of requests it tried to make to other machines."""
-    arguments = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-gpu"]
+    arguments = [
+        "--no-sandbox",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--no-first-run",
+        "--disable-gpu",
+    ]
     context = playwright.chromium.launch_persistent_context(
         str(folder / ".browser"), executable_path=CHROMIUM, headless=True, args=arguments,
         viewport={"width": size[0], "height": size[1]}, accept_downloads=True,
@@ -113,7 +129,3 @@ def open_notebook(page, address: str, token: str, path: str) -> None:
 def command(page, name: str, **arguments) -> None:
     """One of JupyterLab's own commands, not waited for: some never answer a script."""
     page.evaluate("([name, args]) => { window.jupyterapp.commands.execute(name, args); }", [name, arguments])
-
-
-def python() -> str:
-    return sys.executable

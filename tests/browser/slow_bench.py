@@ -42,5 +42,3 @@ def slow_bench(seconds=0.03, says=TEXT):
     bench.engine.says = [says]
     bench.engine.gate = Pace(seconds)
     return bench
-
-

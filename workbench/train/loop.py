@@ -24,13 +24,13 @@ class Recipe:
     """How long, how fast, on what. AdamW as in the paper (3.1.2); warm-up, constant, then linear to zero, because a
     short run gains most from its descent."""
 
-    steps: int = 3000
-    rows: int = 8
+    steps: int = 4000
+    rows: int = 4
     length: int = 512
-    long_rows: int = 2
+    long_rows: int = 1
     long_length: int = 2048
     long_share: float = 0.1  # of the steps, at the end, on long rows: the paper's context stage, 3.1.4
-    rate: float = 2e-3
+    rate: float = 3e-3
     warm_up: int = 100
     descent: float = 0.4  # of the steps
     decay: float = 0.1

@@ -8,7 +8,7 @@ import torch
 
 from workbench.checkpoint import Random, save
 from workbench.config import Config
-from workbench.evals.exam import questions
+from workbench.evals.exam import texts
 from workbench.model import Model
 from workbench.tokenizer import Tokenizer
 from workbench.train.curriculum import conversations, corpus
@@ -26,7 +26,6 @@ def train_pocket(
     The same seed, recipe and thread count give the same text to train on; weights agree up to floating-point order.
     Questions of the exam are never trained on: the curriculum leaves them out.
     """
-    exam = frozenset(question.text for question in questions())
     config = Config.preset("pocket")
     out.mkdir(parents=True, exist_ok=True)
     vocabulary = out / "vocabulary"
@@ -34,7 +33,7 @@ def train_pocket(
     tokenizer = Tokenizer(vocabulary)
     torch.manual_seed(seed)
     model = Model(config, Random(config, seed=seed))
-    lessons = rows(conversations(seed, exclude=exam), tokenizer, recipe.others)
+    lessons = rows(conversations(seed, exclude=texts()), tokenizer, recipe.others)
     for progress in train(model, lessons, recipe):
         if report is not None:
             report(progress)

@@ -66,7 +66,7 @@ class Controls(ipywidgets.Accordion):
         )
         columns = ipywidgets.HBox([fields, prompt], layout={"flex_flow": "row wrap"})
         super().__init__([columns], titles=("Sampling and system prompt",), selected_index=None)
-        self.layout.max_width = "980px"
+        self.add_class("wbc-controls")
 
     def show(self, sampling: Sampling) -> None:
         """Shows `sampling` without changing it, also where it is beyond what a slider reaches."""

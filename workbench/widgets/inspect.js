@@ -113,11 +113,12 @@ export class Card {
     const [token, text, model, sampled, entropy, alternatives, byHand] = step;
     const own = alternatives.find((alternative) => alternative[0] === token);
     const title = element("div", { className: "wbc-card-title" },
-      element("b", {}, visible(text || (own ? own[1] : ""))),
-      element("span", {}, `token ${token} \u00b7 no. ${index + 1}`));
-    const how = byHand ? "put here by you" : entropy === null ? "" : `entropy ${entropy.toFixed(2)} nats`;
-    const figures = element("div", { className: "wbc-note" },
-      `model ${percent(model)} \u2192 sampling ${percent(sampled)}${how ? ` \u00b7 ${how}` : ""}`);
+      element("b", {}, visible(text || (own ? own[1] : ""))), element("span", {}, `token ${token}`));
+    const facts = [`no. ${index + 1} of the reply`];
+    if (byHand) facts.push("put here by you");
+    else if (entropy !== null) facts.push(`entropy ${entropy.toFixed(2)} nats`);
+    if (!own) facts.push(`model ${percent(model)}, sampling ${percent(sampled)}`);
+    const figures = element("div", { className: "wbc-note" }, facts.join(" \u00b7 "));
     const may = this.mayBranch();
     const rows = alternatives.map((alternative) => this.row(message, index, alternative, token, may));
     const head = element("div", { className: "wbc-row wbc-row-head" },

@@ -1,0 +1,332 @@
+"""The browser half of the chat, alone in a page: what it draws, what it tells the kernel, and that text stays text."""
+
+import pytest
+
+from workbench.widgets.chat import HERE, ChatView
+
+pytestmark = pytest.mark.browser
+
+OPEN = """async ([source, style]) => {
+  document.head.innerHTML = "";
+  document.body.innerHTML = "";
+  document.head.append(Object.assign(document.createElement("style"), { textContent: style }));
+  const url = URL.createObjectURL(new Blob([source], { type: "text/javascript" }));
+  const widget = (await import(url)).default;
+  const listeners = new Set();
+  window.sent = [];
+  window.listeners = listeners;
+  window.tell = (message) => listeners.forEach((listener) => listener(message));
+  const model = {
+    on: (_, listener) => listeners.add(listener),
+    off: (_, listener) => listeners.delete(listener),
+    send: (message) => window.sent.push(message),
+  };
+  window.open_view = () => {
+    const el = document.body.appendChild(document.createElement("div"));
+    return widget.render({ model, el });
+  };
+  window.close_view = window.open_view();
+}"""
+
+FACTS = {"model": "pocket", "context": 2048, "cache_factor": 6.4}
+
+
+@pytest.fixture
+def view(page):
+    page.goto("about:blank")
+    page.evaluate(OPEN, [ChatView._esm, (HERE / "chat.css").read_text(encoding="utf-8")])
+    return View(page)
+
+
+class View:
+    def __init__(self, page):
+        self.page = page
+
+    def tell(self, **message):
+        self.page.evaluate("message => window.tell(message)", message)
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def sent(self, kind):
+        return [message for message in self.page.evaluate("window.sent") if message["kind"] == kind]
+
+    def reply(self, text, pieces=None, finish="eos", answering=None, **stats):
+        """A question and a reply, each piece of it a token."""
+        steps = [step(number, piece) for number, piece in enumerate(pieces or [text])]
+        turns = [
+            {"key": 1, "role": "user", "text": "question"},
+            {"key": 2, "role": "assistant", "steps": steps, "finish": finish, "error": None, "stats": stats},
+        ]
+        self.tell(
+            kind="path", view=None, fresh=True, facts=FACTS, turns=turns, answering=answering,
+            path=[[1, 0, 1, None, None], [2, 1, 3, 7, 8]],
+        )  # fmt: skip
+
+    @property
+    def body(self):
+        return self.page.locator(".wbc-reply .wbc-body")
+
+
+def step(token, text, **changes):
+    chosen = {"model": 0.5, "sampled": 0.8, "entropy": 1.25, "by_hand": 0} | changes
+    alternatives = [[token, text, 0.5, 0.8], [900, " other", 0.25, 0.2], [901, " never", 0.1, 0.0]]
+    return [token, text, chosen["model"], chosen["sampled"], chosen["entropy"], alternatives, chosen["by_hand"]]
+
+
+def test_a_new_view_asks_for_everything_once(view):
+    assert len(view.sent("ready")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("plain\nlines", "<p>plain\nlines</p>"),
+        ("# Head\ntext", "<h1>Head</h1><p>text</p>"),
+        ("**bold** and *it* and `a*b`", "<p><strong>bold</strong> and <em>it</em> and <code>a*b</code></p>"),
+        ("2*3*4 = 24 and a_b_c", "<p>2*3*4 = 24 and a_b_c</p>"),
+        ("open **bold", "<p>open **bold</p>"),
+        ("- one\n- two\n  - deep\n- three", "<ul><li>one</li><li>two<ul><li>deep</li></ul></li><li>three</li></ul>"),
+        ("3. c\n4. d", '<ol start="3"><li>c</li><li>d</li></ol>'),
+        ("> said\n> twice", "<blockquote>said\ntwice</blockquote>"),
+        ("a\n\n---\nb", "<p>a</p><hr><p>b</p>"),
+        (
+            "|a|b|\n|-|-|\n|1|**2**|",
+            "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td><strong>2</strong></td></tr></table>",
+        ),
+        ("```py\nx < 1\n```", "<pre><code>x &lt; 1</code></pre>"),
+        ("```\nnever closed", "<pre><code>never closed</code></pre>"),
+        ("<img src=x onerror=alert(1)>", "<p>&lt;img src=x onerror=alert(1)&gt;</p>"),
+        ("**<b>x</b>**", "<p><strong>&lt;b&gt;x&lt;/b&gt;</strong></p>"),
+        ("[x](javascript:alert(1))", "<p>[x](javascript:alert(1))</p>"),
+    ],
+)
+def test_markdown_is_drawn_and_html_is_not(view, text, html):
+    view.reply(text)
+    drawn = view.body.evaluate(
+        """(body) => {
+          const copy = body.cloneNode(true);
+          copy.querySelectorAll(".wbc-tail, .wbc-blank, .wbc-code-bar").forEach((each) => each.remove());
+          const frames = copy.querySelectorAll(".wbc-token, .wbc-code, .wbc-table");
+          frames.forEach((each) => each.replaceWith(...each.childNodes));
+          return copy.innerHTML;
+        }"""
+    )
+    assert drawn == html
+
+
+def test_a_growing_text_ends_up_as_if_drawn_at_once(view):
+    text = "# T\n\npara *one*\nmore\n\n- a\n- **b**\n\n```\ncode\n\nmore\n```\n\n|a|b|\n|-|-|\n|1|2|\n\nend 专家"
+    view.reply(text, list(text))
+    whole = view.body.inner_html()
+    view.reply("", [""], finish=None, answering=2)
+    view.reply("", [], finish=None, answering=2)
+    for start in range(0, len(text), 3):
+        steps = [step(start + n, piece) for n, piece in enumerate(text[start : start + 3])]
+        view.tell(kind="steps", turn=2, **{"from": start}, steps=steps, stats={})
+    view.tell(kind="done", turn=2, finish="eos", error=None, stats={})
+    assert view.body.inner_html() == whole
+
+
+def test_overlapping_steps_are_taken_once_and_a_gap_asks_again(view):
+    view.reply("", ["a", "b"], finish=None, answering=2)
+    view.tell(kind="steps", turn=2, **{"from": 1}, steps=[step(1, "b"), step(2, "c")], stats={})
+    assert view.body.text_content() == "abc"
+    view.tell(kind="steps", turn=2, **{"from": 9}, steps=[step(9, "z")], stats={})
+    assert view.body.text_content() == "abc"
+    assert len(view.sent("ready")) == 2
+
+
+def test_enter_sends_shift_enter_does_not_and_stop_takes_the_place_of_send_at_once(view):
+    box, button = view.page.locator(".wbc textarea"), view.page.locator(".wbc-go")
+    assert button.is_disabled()
+    box.press_sequentially("one")
+    box.press("Shift+Enter")
+    box.press_sequentially("two")
+    assert not view.sent("send")
+    box.press("Enter")
+    assert view.sent("send") == [{"kind": "send", "text": "one\ntwo"}]
+    assert button.inner_text() == "Stop"
+    box.press("Escape")
+    assert len(view.sent("stop")) == 1
+
+
+def test_enter_that_ends_a_composition_does_not_send(view):
+    box = view.page.locator(".wbc textarea")
+    box.fill("zhuanjia")
+    box.dispatch_event("keydown", {"key": "Enter", "isComposing": True, "bubbles": True})
+    assert not view.sent("send")
+
+
+def test_a_refused_message_comes_back_into_the_box(view):
+    box = view.page.locator(".wbc textarea")
+    box.fill("keep me")
+    box.press("Enter")
+    assert box.input_value() == ""
+    view.tell(kind="notice", text="still answering", draft="keep me")
+    assert box.input_value() == "keep me"
+    assert view.page.get_by_role("alert").filter(has_text="still answering").is_visible()
+    assert view.page.locator(".wbc-go").inner_text() == "Send"
+
+
+def test_a_token_shows_its_alternatives_and_a_click_on_one_branches(view):
+    view.reply("", ["The", " answer", "."])
+    view.page.locator(".wbc-token", has_text="answer").hover()
+    card = view.page.get_by_role("dialog", name="Alternatives")
+    card.wait_for()
+    assert "entropy 1.25 nats" in card.inner_text()
+    rows = card.locator("button").all_inner_texts()
+    assert [row.split() for row in rows] == [
+        ["␣answer", "✓", "50", "%", "80", "%"], ["␣other", "25", "%", "20", "%"], ["␣never", "10", "%", "cut"],
+    ]  # fmt: skip
+    card.get_by_role("button", name="never").click()
+    assert view.sent("branch") == [{"kind": "branch", "turn": 2, "index": 1, "token": 901}]
+
+
+def test_tokens_can_be_gone_through_with_the_keyboard(view):
+    view.reply("", ["The", " answer", "."])
+    view.body.focus()
+    for key in ("ArrowRight", "ArrowRight", "Enter", "ArrowDown", "Enter"):
+        view.page.keyboard.press(key)
+    assert view.sent("branch") == [{"kind": "branch", "turn": 2, "index": 1, "token": 901}]
+
+
+def test_tokens_that_make_one_character_are_shown_together(view):
+    view.reply("", ["", "", "专", "家"])
+    view.page.locator(".wbc-token", has_text="专").hover()
+    card = view.page.get_by_role("dialog")
+    card.wait_for()
+    assert "3 tokens make this text" in card.inner_text()
+    assert card.locator("section").count() == 3
+
+
+def test_no_branch_while_a_reply_is_generated(view):
+    view.reply("", ["The", " answer"], finish=None, answering=2)
+    view.page.locator(".wbc-token", has_text="answer").hover()
+    view.page.get_by_role("dialog").wait_for()
+    assert view.page.locator(".wbc-row:enabled").count() == 0
+
+
+def test_the_token_view_shows_every_token_as_it_is_tinted_by_surprise(view):
+    view.reply("", ["**a", "**", "\n\n", "<b>"])
+    view.page.get_by_role("button", name="Tokens").click()
+    tokens = view.page.locator(".wbc-token:not(.wbc-end)")
+    assert tokens.all_text_contents() == ["**a", "**", "\n\n", "<b>"]
+    assert tokens.first.evaluate("(token) => token.style.getPropertyValue('--surprise')") == "0.500"
+
+
+def test_figures_say_speed_prefill_cache_context_and_why_it_ended(view):
+    stats = {
+        "prompt_tokens": 120, "reused_tokens": 96, "prefill_seconds": 0.04, "tokens": 41, "tokens_per_second": 38.2,
+        "cache_bytes": 34816,
+    }  # fmt: skip
+    view.reply("", ["x"], finish="length", **stats)
+    figures = view.page.locator(".wbc-figures").inner_text()
+    assert figures == (
+        "41 tokens · 38.2 tokens/s · prompt of 120 tokens, 96 of them from the cache, read in 0.04 s"
+        " · reached the token limit"
+    )
+    status = view.page.locator(".wbc-status").inner_text()
+    assert "context 161 of 2,048 tokens" in status
+    assert "cache 34.0 KiB, 84 % less than MHA with the same heads" in status
+    assert "218 KiB" in view.page.locator(".wbc-cache").get_attribute("title")
+
+
+def test_versions_have_arrows_that_work_unless_a_reply_is_generated(view):
+    view.reply("", ["x"])
+    versions = view.page.locator(".wbc-reply .wbc-versions")
+    assert versions.inner_text() == "2/3"
+    versions.get_by_role("button", name="Previous").click()
+    versions.get_by_role("button", name="Next").click()
+    assert [message["turn"] for message in view.sent("select")] == [7, 8]
+    view.reply("", ["x"], finish=None, answering=2)
+    assert versions.get_by_role("button", name="Previous").is_disabled()
+
+
+def test_buttons_of_a_message_tell_the_kernel(view):
+    view.reply("", ["x"], finish="stopped")
+    view.page.get_by_role("button", name="Regenerate").click()
+    view.page.get_by_role("button", name="Continue").click()
+    assert view.sent("regenerate") == [{"kind": "regenerate", "turn": 2}]
+    assert view.sent("continue") == [{"kind": "continue", "turn": 2}]
+    view.page.get_by_role("button", name="Edit").click()
+    area = view.page.get_by_label("Edit your message")
+    assert area.input_value() == "question"
+    area.fill("better question")
+    area.press("Enter")
+    assert view.sent("edit") == [{"kind": "edit", "turn": 1, "text": "better question"}]
+    assert not view.sent("send")
+
+
+def test_a_reply_that_failed_says_why(view):
+    view.reply("", ["x"], finish=None, answering=2)
+    view.tell(kind="done", turn=2, finish="error", error="the prompt has 3000 tokens", stats={})
+    assert view.page.get_by_role("alert").filter(has_text="3000 tokens").is_visible()
+    assert view.page.get_by_role("button", name="Continue").is_visible()
+
+
+def test_scrolling_up_is_not_undone_by_new_text(view):
+    view.reply("", [f"line {n}\n\n" for n in range(60)], finish=None, answering=2)
+    log = view.page.locator(".wbc-log")
+    assert log.evaluate("(log) => log.scrollTop + log.clientHeight > log.scrollHeight - 5")
+    log.evaluate("(log) => { log.scrollTop = 100; }")
+    view.page.get_by_role("button", name="latest").wait_for()
+    view.tell(kind="steps", turn=2, **{"from": 60}, steps=[step(60, "more\n\n")], stats={})
+    assert log.evaluate("(log) => log.scrollTop") == 100
+    view.page.get_by_role("button", name="latest").click()
+    assert log.evaluate("(log) => log.scrollTop + log.clientHeight > log.scrollHeight - 5")
+
+
+def test_the_log_is_announced_when_a_reply_is_complete(view):
+    view.reply("", ["x"], finish=None, answering=2)
+    log = view.page.get_by_role("log")
+    assert (log.get_attribute("aria-live"), log.get_attribute("aria-busy")) == ("polite", "true")
+    view.tell(kind="done", turn=2, finish="eos", error=None, stats={})
+    assert log.get_attribute("aria-busy") == "false"
+    unnamed = (
+        "(root) => [...root.querySelectorAll('button')].filter((b) => !(b.ariaLabel || b.textContent).trim()).length"
+    )
+    assert view.page.locator(".wbc").evaluate(unnamed) == 0
+
+
+def test_two_views_of_one_panel_show_the_same_and_a_closed_one_stops_listening(view):
+    view.page.evaluate("window.close_second = window.open_view()")
+    view.reply("", ["shared"])
+    assert view.page.locator(".wbc-reply .wbc-body").all_text_contents() == ["sharedend", "sharedend"]
+    view.page.evaluate("window.close_second()")
+    assert view.page.evaluate("window.listeners.size") == 1
+
+
+def test_a_superseded_panel_can_be_read_but_not_used(view):
+    view.reply("", ["kept"])
+    view.tell(kind="closed", text="This panel was closed, because a newer one took its place.")
+    assert "kept" in view.body.text_content()
+    assert view.page.get_by_role("alert").filter(has_text="newer one").is_visible()
+    assert view.page.locator(".wbc textarea").is_disabled()
+    assert view.page.get_by_role("button", name="Regenerate").is_disabled()
+
+
+def test_the_prompt_view_shows_special_tokens_and_roles(view):
+    view.reply("", ["x"])
+    view.page.get_by_role("button", name="Prompt").click()
+    assert len(view.sent("prompt")) == 1
+    parts = [["template", "<bos>", True], ["user", "<i>hi</i>", False], ["template", "<eos>", True]]
+    view.tell(kind="prompt", parts=parts, tokens=9)
+    region = view.page.get_by_role("region", name="Prompt")
+    assert region.locator("pre").inner_text() == "<bos><i>hi</i><eos>"
+    assert region.locator("pre .wbc-special").all_inner_texts() == ["<bos>", "<eos>"]
+
+
+def test_export_becomes_a_download(view):
+    view.reply("", ["x"])
+    view.page.get_by_role("button", name="Export").click()
+    assert len(view.sent("export")) == 1
+    with view.page.expect_download() as download:
+        view.tell(kind="export", name="conversation-pocket.json", text='{"a": 1}')
+    assert download.value.suggested_filename == "conversation-pocket.json"
+    assert download.value.path().read_text() == '{"a": 1}'
+
+
+def test_import_sends_the_text_of_the_file(view, tmp_path):
+    (tmp_path / "chat.json").write_text('{"专": 1}', encoding="utf-8")
+    view.page.locator("input[type=file]").set_input_files(tmp_path / "chat.json")
+    view.page.wait_for_function("window.sent.some((message) => message.kind === 'import')")
+    assert view.sent("import") == [{"kind": "import", "text": '{"专": 1}'}]

@@ -1,0 +1,44 @@
+"""Text as the model reads it: tokens, what they cost per character, and whose words they are."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+
+from workbench.tokenizer import Tokenizer
+
+SIGNS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+
+
+def visible(piece: str) -> str:
+    """A token's text with its white space shown."""
+    return piece.translate(SIGNS)
+
+
+def pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[str]:
+    """Each token's text, white space shown; a part of a character as `<0xE4>`."""
+    return [visible(tokenizer.piece(token)) for token in tokens]
+
+
+def cut(tokenizer: Tokenizer, text: str) -> pd.DataFrame:
+    """One row a token of plain `text`: its id, its text, and how many bytes it stands for."""
+    tokens = tokenizer.encode(text)
+    sizes = [len(tokenizer.bytes(token)) for token in tokens]
+    return pd.DataFrame({"id": tokens, "token": pieces(tokenizer, tokens), "bytes": sizes})
+
+
+def density(tokenizer: Tokenizer, texts: Mapping[str, str]) -> pd.DataFrame:
+    """One row a text: characters, UTF-8 bytes, tokens, and tokens per character."""
+    rows = {}
+    for name, text in texts.items():
+        tokens = len(tokenizer.encode(text))
+        rows[name] = {"characters": len(text), "bytes": len(text.encode()), "tokens": tokens}
+        rows[name]["tokens per character"] = tokens / max(1, len(text))
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    counts = ["characters", "bytes", "tokens"]
+    return frame.astype({name: int for name in counts}).rename_axis("text")
+
+
+def runs(tokenizer: Tokenizer, tokens: Sequence[int], spans: Iterable[tuple[str, int, int, int | None]]) -> pd.DataFrame:
+    """One row a span of a prompt (role, start, end, message): how many tokens, and their text with white space shown."""
+    rows = [(role, end - start, visible(tokenizer.decode(tokens[start:end]))) for role, start, end, _ in spans]
+    return pd.DataFrame(rows, columns=["written by", "tokens", "text"])
