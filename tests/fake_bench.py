@@ -71,6 +71,7 @@ class FakeStats:
     tokens: int = 0
     finish: str | None = None
     seed: int = 7
+    tail: str = ""
 
     @property
     def tokens_per_second(self):
@@ -80,7 +81,8 @@ class FakeStats:
 class FakeEngine:
     """`says`: the replies in turn, the last one for ever. `gate`: when set, each token waits for a release of it.
 
-    `fails_at`: the step (0: before the first token) at which `error` is raised. `asked`: the calls so far.
+    `fails_at`: the step (0: before the first token) at which `error` is raised. `holds`: the last character waits for
+    the next token, as one that may begin a stop string does. `asked`: the calls so far.
     """
 
     def __init__(self, tokenizer):
@@ -88,6 +90,7 @@ class FakeEngine:
         self.says = ["Hello there."]
         self.gate = None
         self.fails_at, self.error = None, None
+        self.holds = False
         self.asked = []
 
     def stream(self, prompt, sampling=None, *, stop=None, open_last=False):
@@ -110,6 +113,7 @@ class FakeStream:
 
     def __iter__(self):
         decoder = self.engine.tokenizer.stream(special=False)
+        held = ""
         for token in self.kept:
             decoder.push(token)
         for index, token in enumerate(self.tokens):
@@ -117,7 +121,7 @@ class FakeStream:
                 if self.stop.is_set():
                     break
             if self.stop.is_set():
-                self.stats.finish = "stopped"
+                self.stats.finish, self.stats.tail = "stopped", held
                 return
             if index == self.engine.fails_at:
                 raise self.engine.error
@@ -126,10 +130,12 @@ class FakeStream:
             ended = token == self.engine.tokenizer.eos
             finish = "eos" if ended else "length" if self.stats.tokens == self.sampling.max_tokens else None
             self.stats.finish = finish
+            text = held + decoder.push(token) + (decoder.flush() if finish else "")
+            text, held = (text[:-1], text[-1:]) if self.engine.holds and not finish else (text, "")
             alternatives = (Alternative(token, 0.5, 0.8), Alternative(ord("X"), 0.25, 0.2), Alternative(257, 0.1, 0.0))
             yield SimpleNamespace(
                 token=token,
-                text=decoder.push(token) + (decoder.flush() if finish else ""),
+                text=text,
                 choice=Choice(token, math.log(0.5), 0.8, 1.2, alternatives),
                 seconds=0.01,
                 position=self.start + index,

@@ -2,15 +2,28 @@
 
 import gc
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from texts import TEXTS
 
+from workbench.checkpoint import Random
+from workbench.config import Config, Yarn
+from workbench.engine import Engine
 from workbench.errors import RequestError
+from workbench.model import Model
 from workbench.sampling import Sampling
 from workbench.session import Conversation
+from workbench.tokenizer import Tokenizer
+from workbench.train.vocabulary import train_tokenizer, write
 
 SECONDS = 10
 
@@ -81,6 +94,17 @@ def test_stop_keeps_what_was_said(conversation):
     conversation.wait(SECONDS)
     assert (reply.content, reply.finish) == ("Hello", "stopped")
     assert conversation.answering is None
+
+
+def test_stop_keeps_text_that_was_held_back(conversation):
+    conversation.bench.engine.holds = True
+    hold(conversation, 5)
+    reply = conversation.send("hi")
+    until(lambda: len(reply.steps) == 5)
+    assert reply.content == "Hell"
+    conversation.stop()
+    conversation.wait(SECONDS)
+    assert (reply.content, reply.steps[4].text) == ("Hello", "o")
 
 
 def test_stop_before_the_first_token_leaves_an_empty_reply_that_can_be_continued(conversation):
@@ -270,6 +294,27 @@ def test_wait_says_what_to_do_when_it_takes_too_long(conversation):
     conversation.wait(SECONDS)
 
 
+def test_interrupting_the_wait_stops_the_reply(conversation):
+    hold(conversation)
+    reply = conversation.send("hi")
+    main = threading.main_thread().ident
+    threading.Timer(0.05, signal.pthread_kill, [main, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        conversation.wait(SECONDS)
+    conversation.wait(SECONDS)
+    assert reply.finish == "stopped"
+
+
+def test_python_ends_at_once_in_mid_reply():
+    code = (
+        "import threading; from fake_bench import FakeBench; from workbench.session import Conversation\n"
+        "bench = FakeBench(); bench.engine.gate = threading.Semaphore(3); Conversation(bench).send('hi')"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("text", ["", "  \n"])
 def test_an_empty_message_is_refused(conversation, text):
     with pytest.raises(RequestError, match="empty"):
@@ -401,3 +446,78 @@ def test_a_conversation_nobody_holds_is_collected_with_its_worker(fake_bench):
     until(lambda: gc.collect() is not None and ref() is None)
     worker.join(SECONDS)
     assert not worker.is_alive()
+
+
+@pytest.fixture(scope="module")
+def real_bench(tmp_path_factory):
+    """A small model with random weights, which rarely ends by itself."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write(train_tokenizer(TEXTS, 320), folder)
+    tokenizer = Tokenizer(folder)
+    yarn = Yarn(factor=4, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=0.707)
+    config = replace(
+        Config.preset("pocket"), vocab_size=320, hidden_size=48, num_hidden_layers=2, max_position_embeddings=256,
+        rope_scaling=yarn, bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos,
+    )  # fmt: skip
+    engine = Engine(Model(config, Random(config, seed=1, std=0.15)), tokenizer, "fp32")
+    return SimpleNamespace(name="small", config=config, tokenizer=tokenizer, engine=engine, context=engine.context)
+
+
+@pytest.fixture
+def talk(real_bench):
+    conversation = Conversation(real_bench, sampling=Sampling(temperature=1.0, max_tokens=12, seed=3))
+    yield conversation
+    conversation.close()
+
+
+def test_the_next_turn_finds_the_whole_last_one_in_the_cache(talk):
+    first = ask(talk, "Hello! How are you?")
+    second = ask(talk, "And now?")
+    known = first.stats["prompt_tokens"] + first.stats["tokens"]
+    assert second.stats["reused_tokens"] >= known - 1
+
+
+def test_a_branch_finds_what_it_keeps_in_the_cache(talk):
+    first = ask(talk, "Hello! How are you?")
+    other = next(a.token for a in first.steps[6].alternatives if a.token != first.steps[6].token)
+    branch = talk.branch(first, 6, other)
+    talk.wait(SECONDS)
+    assert branch.tokens[:7] == [*first.tokens[:6], other]
+    assert branch.stats["reused_tokens"] == first.stats["prompt_tokens"] + 6
+
+
+def test_with_a_seed_a_reply_repeats_and_without_one_it_varies(talk):
+    first = ask(talk, "Hello!")
+    second = talk.regenerate()
+    talk.wait(SECONDS)
+    talk.sampling = Sampling(temperature=1.0, max_tokens=12)
+    third = talk.regenerate()
+    talk.wait(SECONDS)
+    assert first.tokens == second.tokens != third.tokens
+
+
+def test_a_prompt_over_the_context_is_refused_with_its_text_kept(talk):
+    with pytest.raises(RequestError, match="context holds 256"):
+        ask(talk, "Hello! " * 200)
+    assert talk.path[0].content == "Hello! " * 200
+    assert talk.path[1].finish == "error"
+    talk.edit(talk.path[0], "Hello!")
+    talk.wait(SECONDS)
+    assert talk.path[1].steps
+
+
+def test_a_continued_reply_is_one_reply_for_the_model(talk):
+    talk.sampling = Sampling(temperature=0, max_tokens=6)
+    whole = Sampling(temperature=0, max_tokens=12)
+    reply = ask(talk, "Hello!")
+    assert reply.finish == "length"
+    talk.continue_()
+    talk.wait(SECONDS)
+    talk.sampling = whole
+    assert ask_again(talk).tokens == reply.tokens
+
+
+def ask_again(conversation):
+    reply = conversation.regenerate()
+    conversation.wait(SECONDS)
+    return reply

@@ -1,4 +1,4 @@
-"""Checks for the exercises in the notebooks: they try what was written and say what it got right and where it differs."""
+"""Checks for the exercises in the notebooks: they try what was written and say where it differs."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

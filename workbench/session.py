@@ -23,8 +23,8 @@ UNFINISHED = ("stopped", "length", "error")
 
 
 class Event(NamedTuple):
-    """What subscribers are told. `kind`: "changed" (the tree or the visible path), then for one reply "started"
-    (reading the prompt), "prefill" (the prompt is read), "step" (one more token), "finished"."""
+    """What subscribers are told. `kind`: "changed" (the tree or the visible path; with a turn, its text too), then for
+    one reply "started" (reading the prompt), "prefill" (the prompt is read), "step" (one more token), "finished"."""
 
     kind: str
     turn: Turn | None = None
@@ -292,8 +292,8 @@ class Conversation:
             self._idle.notify_all()
 
     def _generate(self, job: Job) -> None:
-        turn, said = job.turn, len(job.turn.steps)
-        stream = self.bench.engine.stream(job.messages, job.sampling, stop=self._stop, open_last=job.open_last)
+        turn, said, bench = job.turn, len(job.turn.steps), self._alive()
+        stream = bench.engine.stream(job.messages, job.sampling, stop=self._stop, open_last=job.open_last)
         try:
             self._emit(Event("started", turn))
             for step in stream:
@@ -314,6 +314,9 @@ class Conversation:
             with self._lock:
                 turn.stats = turn.stats | _figures(stream.stats)
                 turn.finish = turn.finish or stream.stats.finish or "stopped"
+            if stream.stats.tail:  # text that waited for what a stop cut off
+                reopen(turn, bench.tokenizer)
+                self._emit(Event("changed", turn))
 
     def _emit(self, event: Event) -> None:
         for callback in tuple(self._listeners):

@@ -51,7 +51,7 @@ class View:
 
     def reply(self, text, pieces=None, finish="eos", answering=None, **stats):
         """A question and a reply, each piece of it a token."""
-        steps = [step(number, piece) for number, piece in enumerate(pieces or [text])]
+        steps = [step(number, piece) for number, piece in enumerate([text] if pieces is None else pieces)]
         turns = [
             {"key": 1, "role": "user", "text": "question"},
             {"key": 2, "role": "assistant", "steps": steps, "finish": finish, "error": None, "stats": stats},
@@ -117,7 +117,6 @@ def test_a_growing_text_ends_up_as_if_drawn_at_once(view):
     text = "# T\n\npara *one*\nmore\n\n- a\n- **b**\n\n```\ncode\n\nmore\n```\n\n|a|b|\n|-|-|\n|1|2|\n\nend 专家"
     view.reply(text, list(text))
     whole = view.body.inner_html()
-    view.reply("", [""], finish=None, answering=2)
     view.reply("", [], finish=None, answering=2)
     for start in range(0, len(text), 3):
         steps = [step(start + n, piece) for n, piece in enumerate(text[start : start + 3])]
@@ -216,13 +215,13 @@ def test_the_token_view_shows_every_token_as_it_is_tinted_by_surprise(view):
 def test_figures_say_speed_prefill_cache_context_and_why_it_ended(view):
     stats = {
         "prompt_tokens": 120, "reused_tokens": 96, "prefill_seconds": 0.04, "tokens": 41, "tokens_per_second": 38.2,
-        "cache_bytes": 34816,
+        "cache_bytes": 34816, "seed": 7,
     }  # fmt: skip
     view.reply("", ["x"], finish="length", **stats)
     figures = view.page.locator(".wbc-figures").inner_text()
     assert figures == (
         "41 tokens · 38.2 tokens/s · prompt of 120 tokens, 96 of them from the cache, read in 0.04 s"
-        " · reached the token limit"
+        " · reached the token limit · seed 7"
     )
     status = view.page.locator(".wbc-status").inner_text()
     assert "context 161 of 2,048 tokens" in status
@@ -288,10 +287,10 @@ def test_the_log_is_announced_when_a_reply_is_complete(view):
 
 
 def test_two_views_of_one_panel_show_the_same_and_a_closed_one_stops_listening(view):
-    view.page.evaluate("window.close_second = window.open_view()")
+    view.page.evaluate("() => { window.close_second = window.open_view(); }")
     view.reply("", ["shared"])
     assert view.page.locator(".wbc-reply .wbc-body").all_text_contents() == ["sharedend", "sharedend"]
-    view.page.evaluate("window.close_second()")
+    view.page.evaluate("() => { window.close_second(); }")
     assert view.page.evaluate("window.listeners.size") == 1
 
 

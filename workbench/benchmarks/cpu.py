@@ -5,13 +5,14 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from workbench import machine
@@ -29,6 +30,8 @@ RESULTS = Path(__file__).parent.parent.parent / "kernels" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKED = 96  # positions whose logits must agree before anything is timed
 STEPS = 32  # tokens of one decode measurement
+TRIED = 8  # of them, to choose among the settings of transformers
+BUSY = 0.5  # load average before the start beyond which figures are disturbed
 LONG_ENOUGH = 0.25  # seconds; shorter passes are repeated within a measurement
 
 SHAPES = {
@@ -126,14 +129,18 @@ class Result:
         about = self.about
         head = (
             f"{about['model']}: {about['parameters'] / 1e6:.1f}M parameters, {about['active'] / 1e6:.1f}M active; "
-            f"{about['dtype']}, {about['threads']} threads, {about['rounds']} rounds\n{about['cpu']}; "
+            f"{about['dtype']}, threads: {about['threads']}, rounds: {about['rounds']}\n{about['cpu']}; "
             f"torch {about['torch']}, transformers {about['transformers']}\n"
-            f"logits agree within {self.difference:.1e} over {CHECKED} positions\n\n"
+            f"logits agree within {self.difference:.1e} over {CHECKED} positions\n"
         )
+        if about["load"] > BUSY:
+            head += (
+                f"other programs were running (load {about['load']:.1f}): expect scatter, and measure again when idle\n"
+            )
         columns = (
             f"{'tokens/s, median':24}{'workbench':>10}{'transformers':>14}{'ratio':>9}{'each round':>16}{'target':>9}"
         )
-        return head + "\n".join([columns, *map(str, self.rows)])
+        return head + "\n" + "\n".join([columns, *map(str, self.rows)])
 
     def save(self, folder: Path = RESULTS) -> Path:
         if not folder.parent.is_dir():
@@ -162,6 +169,7 @@ def measure(
         raise RequestError("rounds and threads must be at least 1.")
     if checkpoint is not None and shape is not None:
         raise RequestError("give a checkpoint or a shape, not both.")
+    load = psutil.getloadavg()[0]
     with _threads(threads), tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         if shape is not None:
             checkpoint = Path(folder)
@@ -171,12 +179,12 @@ def measure(
         path = checkpoint or POCKET
         ours, theirs = Ours(path, DTYPES[dtype]), Transformers(path, DTYPES[dtype])
         config = ours.model.config
-        longest = max(load.context + load.new * load.passes for load in WORKLOADS)
+        longest = max(job.context + job.new * job.passes for job in WORKLOADS)
         if config.max_position_embeddings < longest:
             raise RequestError(f"{path}: a context of {longest} is measured, and this model has less.")
         tokens = torch.randint(config.vocab_size, (1, longest), generator=torch.Generator().manual_seed(0))
         difference = _same(ours, theirs, tokens[:, :CHECKED])
-        rows = [_compare(load, ours, theirs, tokens, rounds) for load in WORKLOADS]
+        rows = [_compare(job, ours, theirs, tokens, rounds) for job in WORKLOADS]
         rows += _engine(ours.model, path, tokens, rounds)
         about = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -187,6 +195,7 @@ def measure(
             "dtype": dtype,
             "threads": torch.get_num_threads(),
             "rounds": rounds,
+            "load": round(load, 2),
             "cpu": f"{machine.cpu_name()}, {machine.cores()} cores",
             "torch": torch.__version__,
             "transformers": theirs.version,
@@ -218,38 +227,48 @@ def _same(ours: Ours, theirs: Transformers, tokens: torch.Tensor) -> float:
     return worst.max().item()
 
 
-def _compare(load: Workload, ours: Ours, theirs: Transformers, tokens: torch.Tensor, rounds: int) -> Row:
-    setting, repeats = _fastest(load, theirs, tokens)
+def _compare(job: Workload, ours: Ours, theirs: Transformers, tokens: torch.Tensor, rounds: int) -> Row:
+    setting, repeats = _fastest(job, theirs, tokens)
     theirs.use(setting)
-    _seconds(ours, load, tokens, 1)  # warm
-    pairs = []
-    for _ in range(rounds):
-        pairs.append((_seconds(ours, load, tokens, repeats), _seconds(theirs, load, tokens, repeats)))
-    speeds = [tuple(load.new * load.passes / seconds for seconds in side) for side in zip(*pairs, strict=True)]
-    return Row(load.name, *speeds, target=load.target, setting=str(setting))
+    sides = [_runner(rival, job, tokens) for rival in (ours, theirs)]
+    for run in sides:
+        run(passes=1)  # warm
+    pairs = [[run(repeats=repeats) for run in sides] for _ in range(rounds)]
+    return Row(job.name, *(tuple(side) for side in zip(*pairs, strict=True)), target=job.target, setting=str(setting))
 
 
-def _fastest(load: Workload, theirs: Transformers, tokens: torch.Tensor) -> tuple[Setting, int]:
-    """transformers' best setting for this workload, the best of two tries each, and how often to repeat a pass."""
-    seconds = {}
-    for setting in theirs.settings(load.new):
+def _fastest(job: Workload, theirs: Transformers, tokens: torch.Tensor) -> tuple[Setting, int]:
+    """transformers' best setting for this workload, and how often to repeat it for a measurement long enough."""
+    passes = min(job.passes, TRIED)
+    speeds = {}
+    for setting in theirs.settings(job.new):
         theirs.use(setting)
-        seconds[setting] = min(_seconds(theirs, load, tokens, 1) for _ in range(2))
-    best = min(seconds, key=seconds.get)
-    return best, max(1, round(LONG_ENOUGH / seconds[best]))
+        run = _runner(theirs, job, tokens)
+        speeds[setting] = max(run(passes=passes) for _ in range(3))
+    best = max(speeds, key=speeds.get)
+    return best, max(1, round(LONG_ENOUGH * speeds[best] / (job.new * job.passes)))
 
 
-def _seconds(rival: Rival, load: Workload, tokens: torch.Tensor, repeats: int) -> float:
-    """Of one repetition: all passes of a workload; what fills the cache before them is not counted."""
-    total = 0.0
-    for _ in range(repeats):
-        cache = rival.start(tokens[:, : load.context])
-        start = time.perf_counter()
-        for done in range(load.passes):
-            position = load.context + done * load.new
-            rival.advance(tokens[:, position : position + load.new], cache)
-        total += time.perf_counter() - start
-    return total / repeats
+def _runner(rival: Rival, job: Workload, tokens: torch.Tensor) -> Callable[..., float]:
+    """A function that measures tokens per second. What fills the cache before the clock starts is done here, once."""
+    filled = rival.start(tokens[:, : job.context]) if job.context else None
+
+    def run(passes: int = job.passes, repeats: int = 1) -> float:
+        seconds = 0.0
+        for _ in range(repeats):
+            if filled is None:
+                cache = rival.start(tokens[:, :0])
+            else:
+                cache = filled
+                rival.rewind(cache, job.context)
+            start = time.perf_counter()
+            for done in range(passes):
+                position = job.context + done * job.new
+                rival.advance(tokens[:, position : position + job.new], cache)
+            seconds += time.perf_counter() - start
+        return job.new * passes * repeats / seconds
+
+    return run
 
 
 def _engine(model: Model, path: Path, tokens: torch.Tensor, rounds: int) -> Iterator[Row]:

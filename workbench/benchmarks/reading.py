@@ -1,4 +1,4 @@
-"""What a token costs when it is read alone, and when it is read together with others."""
+"""What reading costs: time, for tokens read alone or together, and bytes of cache."""
 
 from collections.abc import Iterable
 from statistics import median
@@ -10,7 +10,9 @@ import torch
 from workbench.workbench import Workbench
 
 
-def reading(bench: Workbench, tokens: list[int], at_once: Iterable[int] = (1, 8, 64, 128), repeats: int = 5) -> pd.DataFrame:
+def reading(
+    bench: Workbench, tokens: list[int], at_once: Iterable[int] = (1, 8, 64, 128), repeats: int = 5
+) -> pd.DataFrame:
     """Milliseconds per token when the same `tokens` are read `at_once` at a time, into a new cache each time.
 
     Median, fastest and slowest of `repeats`, after one that is not counted. Sizes take turns, so that a busy moment of
@@ -32,3 +34,13 @@ def _read(bench: Workbench, tokens: list[int], size: int) -> float:
         logits = bench.model(chunk, cache=cache, logits="last")
     logits.cpu()  # a GPU may still be at work
     return 1e3 * (perf_counter() - started) / len(tokens)
+
+
+@torch.inference_mode()
+def growth(bench: Workbench, tokens: list[int], at_once: int = 16) -> pd.DataFrame:
+    """Bytes that a new cache really holds, while `tokens` are read `at_once` at a time."""
+    cache, held = bench.new_cache(), {0: 0}
+    for chunk in torch.tensor([tokens]).split(at_once, dim=1):
+        bench.model(chunk, cache=cache, logits="last")
+        held[cache.lengths[0]] = cache.nbytes
+    return pd.DataFrame({"latent cache": held}).rename_axis("tokens read")

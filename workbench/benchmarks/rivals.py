@@ -1,4 +1,4 @@
-"""The two sides of the comparison: this engine, and transformers at its fastest. Both answer the same three calls."""
+"""The two sides of the comparison: this engine, and transformers at its fastest. Both answer the same calls."""
 
 from itertools import product
 from pathlib import Path
@@ -34,6 +34,9 @@ class Rival(Protocol):
     def advance(self, tokens: torch.Tensor, cache: object) -> torch.Tensor:
         """The tokens [1, T] continue the cache; logits of the last one."""
 
+    def rewind(self, cache: object, length: int) -> None:
+        """The cache holds its first `length` tokens again."""
+
 
 class Ours:
     """The model as `Engine` calls it, without sampling and text."""
@@ -52,6 +55,9 @@ class Ours:
 
     def advance(self, tokens: torch.Tensor, cache: LatentCache) -> torch.Tensor:
         return self.model(tokens, cache, logits="last")
+
+    def rewind(self, cache: LatentCache, length: int) -> None:
+        cache.truncate(length)
 
 
 class Transformers:
@@ -94,3 +100,8 @@ class Transformers:
 
     def advance(self, tokens: torch.Tensor, cache: object) -> torch.Tensor:
         return self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    def rewind(self, cache: object, length: int) -> None:
+        surplus = cache.get_seq_length() - length
+        if surplus:
+            cache.crop(-surplus)

@@ -1,10 +1,8 @@
-"""The exam of pocket: questions worded, and combinations of numbers, names and things, that its curriculum never teaches.
+"""The exam of pocket: wordings, and combinations of numbers, names and things, that are never taught.
 
 `exam.txt` was written before any training. The curriculum keeps its combinations away by `held_out`, and the training
 loop keeps its texts away by passing `texts()` to `conversations`.
 """
-
-from __future__ import annotations
 
 import re
 import unicodedata
@@ -13,7 +11,8 @@ from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 
-from workbench.train.curriculum import fold
+from workbench.sampling import Sampling
+from workbench.workbench import Workbench
 
 Message = dict[str, str]
 
@@ -24,7 +23,7 @@ _SIGNS = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "«": '"
 
 
 def normalise(text: str) -> str:
-    """Lower case, ASCII punctuation for its full-width and typographic forms, single spaces, digits without separators."""
+    """Lower case, ASCII punctuation, single spaces, digits without separators."""
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS).lower()
     text = re.sub(r"(?<=\d)[, ](?=\d{3}(?!\d))", "", " ".join(text.split()))
     return re.sub(r"\s*([\"'.,!?:;])\s*", r"\1", text)
@@ -48,9 +47,9 @@ def repeats(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Question:
-    """`messages` end with the user's question. An answer passes when it holds every text of one tuple of `accept`, none of
-    `reject`, ends on `number` (where given, its last number), is not longer than `limit` characters and does not repeat
-    itself."""
+    """`messages` end with the user's question. An answer passes when it holds every text of one tuple of `accept` (or,
+    where `number` is given, when that is its last number), holds none of `reject`, is not longer than `limit`
+    characters and does not repeat itself."""
 
     kind: str
     language: str
@@ -66,8 +65,8 @@ class Question:
 
     @property
     def text(self) -> str:
-        """What the user says, folded as the curriculum does, the turns joined by line breaks."""
-        return "\n".join(fold(message["content"]) for message in self.messages if message["role"] == "user")
+        """What the user says, the turns joined by line breaks."""
+        return "\n".join(message["content"] for message in self.messages if message["role"] == "user")
 
     def passed(self, answer: str) -> bool:
         text = normalise(answer)
@@ -82,8 +81,9 @@ class Question:
 
 
 def questions(path: Path = EXAM) -> list[Question]:
-    """The exam, in the order of its file: `# kind language`, then `turns | accepted | rejected`. Turns alternate between
-    user and assistant, split by `>>`; accepted texts are split by `;` (or) and `&` (and), `=42` asks for a last number."""
+    """The exam, in the order of its file: `# kind language`, then `turns | accepted | rejected`. Turns alternate
+    between user and assistant, split by `>>`; accepted texts are split by `;` (or) and `&` (and); `=42` asks for a last
+    number."""
     found = []
     kind = language = ""
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -96,8 +96,10 @@ def questions(path: Path = EXAM) -> list[Question]:
                 for at, text in enumerate(turns.split(" >> "))
             )
             number = int(wanted[1:]) if wanted.startswith("=") else None
-            accept = () if number is not None else tuple(
-                tuple(part.strip() for part in parts.split(" & ")) for parts in wanted.split(" ; ")
+            accept = (
+                ()
+                if number is not None
+                else tuple(tuple(part.strip() for part in parts.split(" & ")) for parts in wanted.split(" ; "))
             )
             reject = tuple(part.strip() for cell in unwanted for part in cell.split(" ; "))
             found.append(Question(kind, language, messages, accept, reject, number))
@@ -105,12 +107,12 @@ def questions(path: Path = EXAM) -> list[Question]:
 
 
 def texts(exam: Iterable[Question] | None = None) -> frozenset[str]:
-    """What the curriculum must leave out: the folded user texts of the exam."""
+    """What the curriculum must leave out: the user texts of the exam."""
     return frozenset(question.text for question in (questions() if exam is None else exam))
 
 
 def wilson(passed: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share (95 % for z = 1.96); it stays honest for few questions and shares near 0 or 1."""
+    """The Wilson score interval of a share (95 % for z = 1.96), honest also for few questions."""
     if total == 0:
         return 0.0, 1.0
     share, spread = passed / total, z * z / total
@@ -169,3 +171,9 @@ def grade(exam: Iterable[Question], answer: Callable[[list[Message]], str]) -> R
         given = answer([dict(message) for message in question.messages])
         marked.append(Marked(question, given, question.passed(given)))
     return Report(tuple(marked))
+
+
+def examine(bench: Workbench, exam: Iterable[Question] | None = None) -> Report:
+    """The whole exam, or the questions given, answered greedily: the same model gets the same marks."""
+    calm = Sampling(temperature=0.0, top_p=1.0, max_tokens=160)
+    return grade(questions() if exam is None else exam, lambda messages: bench.generate(messages, calm).text)

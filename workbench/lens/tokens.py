@@ -28,17 +28,13 @@ def cut(tokenizer: Tokenizer, text: str) -> pd.DataFrame:
 
 def density(tokenizer: Tokenizer, texts: Mapping[str, str]) -> pd.DataFrame:
     """One row a text: characters, UTF-8 bytes, tokens, and tokens per character."""
-    rows = {}
-    for name, text in texts.items():
-        tokens = len(tokenizer.encode(text))
-        rows[name] = {"characters": len(text), "bytes": len(text.encode()), "tokens": tokens}
-        rows[name]["tokens per character"] = tokens / max(1, len(text))
-    frame = pd.DataFrame.from_dict(rows, orient="index")
-    counts = ["characters", "bytes", "tokens"]
-    return frame.astype({name: int for name in counts}).rename_axis("text")
+    rows = [(len(text), len(text.encode()), len(tokenizer.encode(text))) for text in texts.values()]
+    frame = pd.DataFrame(rows, columns=["characters", "bytes", "tokens"], index=pd.Index(texts, name="text"))
+    frame["tokens per character"] = frame["tokens"] / frame["characters"]
+    return frame
 
 
-def runs(tokenizer: Tokenizer, tokens: Sequence[int], spans: Iterable[tuple[str, int, int, int | None]]) -> pd.DataFrame:
-    """One row a span of a prompt (role, start, end, message): how many tokens, and their text with white space shown."""
+def runs(tokenizer: Tokenizer, tokens: Sequence[int], spans: Iterable[tuple]) -> pd.DataFrame:
+    """One row a span of a prompt, which is (role, start, end, message): its number of tokens and its text."""
     rows = [(role, end - start, visible(tokenizer.decode(tokens[start:end]))) for role, start, end, _ in spans]
     return pd.DataFrame(rows, columns=["written by", "tokens", "text"])

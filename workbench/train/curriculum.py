@@ -1,18 +1,20 @@
-"""The curriculum: an endless, seeded stream of short conversations in English, Chinese and French that teaches pocket.
+"""The curriculum: an endless, seeded stream of short conversations in English, Chinese and French.
 
-A conversation mixes lessons (wordings and answers read from `lessons/`), exercises (answers computed), what it was never
-taught (an honest answer), and what needs the earlier turns: the user's name, the last question, "tell me more".
+A conversation mixes lessons (wordings and answers from `lessons/`), exercises (answers computed), what was never taught
+(an honest answer), and what needs the earlier turns: the user's name, the last question, "tell me more".
 """
 
-from __future__ import annotations
-
+import re
 from collections.abc import Iterator
 from itertools import chain, islice
 from random import Random
 from typing import NamedTuple
 
-from workbench.train.exercises import LANGUAGE_NAMES, MAKERS, TABLES, TOPICS, held_out, held_out_sum, remembered
-from workbench.train.lesson import LANGUAGES, LESSONS, Lesson, fold, pick, read
+from workbench.train.exercises import MAKERS
+from workbench.train.facts import TOPICS, remembered
+from workbench.train.lesson import LANGUAGES, LESSONS, Lesson, fold, held_out, pick, read
+from workbench.train.sums import held_out_sum
+from workbench.train.words import LANGUAGE_NAMES, TABLES
 
 __all__ = ["Conversation", "conversations", "corpus", "fold", "held_out", "held_out_sum", "lessons"]
 
@@ -33,7 +35,7 @@ _NAMES = {
     "exercise": [name for name, (_, weight) in MAKERS.items() for _ in range(weight)],
 }
 # Share of each kind of turn, in percent; memory and recall come on top of these, at the rates below.
-MIX = {"explain": 30, "talk": 11, "exercise": 48, "outside": 11}
+MIX = {"explain": 34, "talk": 9, "exercise": 46, "outside": 11}
 _KINDS = [kind for kind, percent in MIX.items() for _ in range(percent)]
 _LANGUAGES = ["en"] * 4 + ["zh"] * 3 + ["fr"] * 3
 _LENGTHS = [1] * 30 + [2] * 27 + [3] * 22 + [4] * 13 + [5] * 8
@@ -73,6 +75,10 @@ def dress(rng: Random, language: str, mark: str, text: str, plain: bool = False)
                 text = text[:at] + (text[at + 1] + text[at] if slip < 0.015 else text[at + 1]) + text[at + 2 :]
         elif slip > 0.99:
             text = text.upper()
+        elif slip > 0.7:
+            text = text.lower()
+    elif ". " in text and chance() < 0.8:
+        text = ". ".join(part[:1].upper() + part[1:] for part in text.split(". "))
     start = chance()
     if start < 0.1:
         before = pick(rng, TABLES[f"before {language}"])[0]
@@ -120,10 +126,12 @@ def _any(rng: Random, language: str, reply: str | None = None) -> Turn:
         return _exercise(rng, language)
     if kind == "exercise":
         kind = "explain"
-    if reply is None and kind != "outside" and rng.random() < 0.04:
+    if reply is None and kind == "explain" and rng.random() < 0.05:
         at = int(rng.random() * 3)
         turn = _told(rng, language, kind, LANGUAGES[at])
-        user, _ = _fill(rng, language, "in/language", {"language": LANGUAGE_NAMES[language][at], "q": turn.user, "v": ""})
+        user, _ = _fill(
+            rng, language, "in/language", {"language": LANGUAGE_NAMES[language][at], "q": turn.user, "v": ""}
+        )
         return turn._replace(user=user)
     return _told(rng, language, kind, reply or language)
 
@@ -173,13 +181,13 @@ def _conversation(rng: Random) -> Conversation:
         row = pick(rng, TABLES["system language"])
         system, reply = row[1 + LANGUAGES.index(language)], row[0]
     turns: list[Turn] = []
-    remember = reply is None and chance() < 0.16
+    remember = reply is None and chance() < 0.14
     if remember:
         length = min(length, 3)
     while len(turns) < length:
         if turns and chance() < 0.08:
             language = pick(rng, LANGUAGES)
-        if turns and not remember and reply is None and chance() < 0.14:
+        if turns and not remember and reply is None and chance() < 0.11:
             turn = _recall(rng, language, turns)
             if turn is not None:
                 turns.append(turn)
@@ -195,15 +203,16 @@ def _conversation(rng: Random) -> Conversation:
 
 
 def excluded(turns: list[Turn], exclude: frozenset[str]) -> bool:
-    """Whether any run of user texts, folded and joined by line breaks, is in `exclude`."""
+    """Whether any run of user texts, folded and joined by line breaks, is in `exclude`, folded likewise."""
     folded = [fold(turn.user) for turn in turns]
     runs = (folded[i:j] for i in range(len(folded)) for j in range(i + 1, len(folded) + 1))
     return any("\n".join(run) in exclude for run in runs)
 
 
 def lessons(seed: int, exclude: frozenset[str] = frozenset()) -> Iterator[Conversation]:
-    """The endless stream of conversations, with what each turn teaches. The same seed gives the same stream; those in
-    which the user says what `exclude` holds (folded texts of the exam) are left out."""
+    """The endless stream of conversations, with what each turn teaches. The same seed gives the same stream, less those
+    in which the user says one of `exclude`, in any case and punctuation; several turns are joined by line breaks."""
+    exclude = frozenset("\n".join(map(fold, text.split("\n"))) for text in exclude)
     rng = Random(seed)
     while True:
         conversation = _conversation(rng)
@@ -217,7 +226,11 @@ def conversations(seed: int, exclude: frozenset[str] = frozenset()) -> Iterator[
 
 
 def corpus(seed: int, count: int) -> Iterator[str]:
-    """Texts for training a tokenizer: every wording in the tables once, then `count` conversations as plain text."""
+    """Texts for training a tokenizer: the tables and lessons once, so that no character of theirs is missed, then
+    `count` conversations as plain text."""
     cells = (cell for table in TABLES.values() for row in table for cell in row)
+    known = [lesson for language in LANGUAGES for lesson in LESSON[language].values()]
+    wordings = (re.sub(r"[(|)]|\{\w+\}", " ", pattern.text) for lesson in known for _, pattern in lesson.asks)
+    answers = (answer for lesson in known for answer in lesson.answers + lesson.more)
     texts = ("\n".join(message["content"] for message in messages) for messages in islice(conversations(seed), count))
-    return chain(cells, texts)
+    return chain(cells, wordings, answers, texts)

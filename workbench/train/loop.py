@@ -24,7 +24,7 @@ class Recipe:
     """How long, how fast, on what. AdamW as in the paper (3.1.2); warm-up, constant, then linear to zero, because a
     short run gains most from its descent."""
 
-    steps: int = 4000
+    steps: int = 3000
     rows: int = 4
     length: int = 512
     long_rows: int = 1

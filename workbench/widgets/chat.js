@@ -188,7 +188,7 @@ class ChatView {
     this.tell({ kind: "send", text });
     clearTimeout(this.patience);
     this.patience = setTimeout(() => {
-      if (this.draft !== null) this.speed.textContent = "waiting for the kernel: it is busy with a cell";
+      if (this.draft !== null) this.speed.textContent = "waiting for the kernel: it is busy, or was restarted (then run the cell again)";
     }, 1500);
     this.announce("Sent");
     this.drawInput();

@@ -1,4 +1,4 @@
-// Markdown as far as a chat needs it. Blocks are ranges of the source, so a growing text redraws only its last block,
+// Markdown as far as a chat needs it. Blocks are ranges of the source, so a growing text redraws only its last blocks,
 // and model text only ever becomes text nodes: `leaf(parent, from, to)` adds the source between two offsets.
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`\s]*)[^`]*$/;
@@ -42,7 +42,7 @@ function startsBlock(lines, at) {
     isTable(lines, at);
 }
 
-/** The blocks of text[start:], where start begins a block. Only the last of them can change when the text grows. */
+/** The blocks of text[start:], where start begins a block. Only the last two can change when the text grows. */
 export function parseBlocks(text, start) {
   const lines = linesOf(text, start);
   const blocks = [];

@@ -110,7 +110,7 @@ export class Message {
     this.body.replaceChildren(this.tail);
   }
 
-  /** Brings the screen up to date: only the last block is drawn again, or in the token view nothing. */
+  /** Brings the screen up to date: only the last two blocks are drawn again, or in the token view nothing. */
   draw() {
     const live = this.view.answering === this.key;
     if (this.isReply) {
@@ -134,10 +134,11 @@ export class Message {
   }
 
   drawBlocks(text) {
-    const last = this.blocks.pop();
-    last?.element.remove();
+    // the last block may still join the one before it: a line "-" becomes an item of the list above
+    const open = this.blocks.splice(-2);
+    for (const block of open) block.element.remove();
     const leaf = (parent, from, to) => this.leaf(parent, from, to);
-    for (const block of parseBlocks(text, last ? last.from : 0)) {
+    for (const block of parseBlocks(text, open.length ? open[0].from : 0)) {
       const made = drawBlock(block, text, leaf);
       this.body.insertBefore(made, this.tail);
       this.blocks.push({ from: block.from, element: made });
@@ -184,8 +185,8 @@ export class Message {
       parts.push(`prompt of ${count(prompt_tokens, "token")}${reused}, read in ${prefill_seconds.toFixed(2)} s`);
     }
     if (!live && ENDINGS[this.finish]) parts.push(ENDINGS[this.finish]);
+    if (!live && tokens) parts.push(`seed ${seed}`);
     this.figures.textContent = parts.join(" \u00b7 ");
-    this.figures.title = seed === undefined || seed === null ? "" : `seed ${seed}`;
   }
 
   /** Which of its versions this is: [index, count, key before or null, key after or null]. */

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from html import escape
+from numbers import Real
 
 import ipywidgets
 import pandas as pd
@@ -68,12 +69,13 @@ class Prediction(ipywidgets.VBox):
                 raise RequestError(f"choose one of: {', '.join(self.options)}; got {answer!r}.")
             return answer
         low, high = self.options
-        if isinstance(answer, bool) or not isinstance(answer, int | float) or not low <= answer <= high:
+        if isinstance(answer, bool) or not isinstance(answer, Real) or not low <= answer <= high:
             raise RequestError(f"a number from {low} to {high} is needed; got {answer!r}.")
         return answer
 
     def _verdict(self) -> str:
-        said = f"You guessed <b>{escape(self.shown(self.guessed))}</b>. Measured: <b>{escape(self.shown(self.measured))}</b>"
+        guessed, measured = escape(self.shown(self.guessed)), escape(self.shown(self.measured))
+        said = f"You guessed <b>{guessed}</b>. Measured: <b>{measured}</b>"
         if self.guessed == self.measured:
             said += ", as you said."
         elif self._is_choice:

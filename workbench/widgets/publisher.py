@@ -8,7 +8,7 @@ from time import monotonic
 from workbench.session import Conversation, Event
 from workbench.turns import Record, Tree, Turn
 
-INTERVAL = 0.06  # seconds between two messages about steps: at most about 16 a second
+INTERVAL = 1 / 15  # seconds between two messages about steps: faster than the eye, slow enough for any page
 
 
 class Publisher:
@@ -36,6 +36,8 @@ class Publisher:
     def hear(self, event: Event) -> None:
         with self._lock:
             if event.kind == "changed":
+                if event.turn:
+                    self._sent.pop(event.turn.key, None)
                 self.path()
             elif event.kind == "step" and monotonic() - self._last >= INTERVAL:
                 self.steps(event.turn)
@@ -112,8 +114,10 @@ def _ending(turn: Turn) -> dict:
     return {"turn": turn.key, "finish": turn.finish, "error": turn.error, "stats": stats}
 
 
-def _short(value: float | None) -> float | None:
-    """Four digits are more than the eye reads; what is no number has no JSON."""
+def _short(value: float | None) -> float | str | None:
+    """Four digits are more than the eye reads. JSON has no NaN, and JavaScript no integer beyond 2^53."""
+    if isinstance(value, int) and abs(value) > 2**53:
+        return str(value)
     if not isinstance(value, float):
         return value
     return float(f"{value:.4g}") if math.isfinite(value) else None

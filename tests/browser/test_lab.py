@@ -1,0 +1,189 @@
+"""A person opens the notebook in JupyterLab, talks, stops, tries again, branches; nothing asks another machine.
+
+With WORKBENCH_SCREENSHOTS=folder the pictures are kept there.
+"""
+
+import ast
+import os
+import time
+from pathlib import Path
+
+import pytest
+from browser.lab import ROOT, browsing, command, notebook, open_notebook, serving
+
+from workbench.lab import FIRST
+from workbench.lab import command as lab_command
+
+pytestmark = pytest.mark.browser
+
+POCKET = (ROOT / "workbench" / "pocket" / "config.json").exists()
+BENCH = "wb.load('pocket')" if POCKET else "slow_bench()"
+HURRY = "pass" if POCKET else "panel.conversation.bench.engine.gate.seconds = 0.001"
+# so hot that pocket rambles on and there is something to stop
+SETUP = f"""import workbench as wb
+from browser.slow_bench import slow_bench
+panel = wb.chat({BENCH}, sampling=wb.Sampling(temperature=3.0, top_p=1.0, max_tokens=1800))
+panel"""
+CALM = f"panel.sampling = wb.Sampling(max_tokens=600, seed=1); panel.clear(); {HURRY}"
+
+WATCH = """() => {
+  window.grown = [];
+  let before = 0;
+  const look = () => {
+    const now = document.querySelectorAll(".wbc-reply .wbc-token:not(.wbc-end)").length;
+    if (now > before) window.grown.push([performance.now(), now]);
+    before = now;
+  };
+  new MutationObserver(look).observe(document.querySelector(".wbc-log"), { childList: true, subtree: true });
+  const stop = document.querySelector(".wbc-go");
+  stop.addEventListener("click", () => (window.clicked = performance.now()), { capture: true });
+}"""
+
+
+@pytest.fixture(scope="module")
+def lab(playwright, tmp_path_factory):
+    """A page with the notebook run, and what it asked of other machines."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "notebooks").mkdir()
+    (folder / "notebooks" / FIRST).write_text(notebook(SETUP, "1 + 1"), encoding="utf-8")
+    arguments = lab_command(folder / "notebooks", [])
+    with serving(folder, arguments) as (address, token), browsing(playwright, folder) as (page, outside):
+        page.failures = []
+        page.on("pageerror", lambda error: page.failures.append(str(error)))
+        open_notebook(page, address, token, f"notebooks/{FIRST}")
+        command(page, "notebook:run-all-cells")
+        page.locator(".wbc").wait_for(timeout=40_000)
+        yield page, outside
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory):
+    folder = Path(os.environ.get("WORKBENCH_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def tokens(page):
+    return page.locator(".wbc-reply").last.locator(".wbc-token:not(.wbc-end)").count()
+
+
+def send(page, text):
+    box = page.locator(".wbc-bar-input textarea")
+    box.click()
+    page.keyboard.type(text)
+    page.keyboard.press("Enter")
+
+
+def ended(page):
+    page.locator(".wbc-go", has_text="Send").wait_for(timeout=30_000)
+
+
+def python(page, code, value="None"):
+    """Runs code in the notebook's kernel, beside its cells; the literal that `value` then is."""
+    answer = page.evaluate(
+        """async ([code, value]) => {
+          const { kernel } = window.jupyterapp.shell.currentWidget.sessionContext.session;
+          return (await kernel.requestExecute({ code, user_expressions: { value } }).done).content;
+        }""",
+        [code, value],
+    )
+    assert answer["status"] == "ok", answer
+    return ast.literal_eval(answer["user_expressions"]["value"]["data"]["text/plain"])
+
+
+def test_stop_ends_the_stream_within_half_a_second(lab):
+    page, _ = lab
+    page.evaluate(WATCH)
+    send(page, "Tell me everything.")
+    page.wait_for_function("window.grown.length >= 4", timeout=20_000)
+    page.get_by_role("button", name="Stop").click()
+    ended(page)
+    time.sleep(1.0)
+    grown, clicked = page.evaluate("[window.grown, window.clicked]")
+    late = grown[-1][0] - clicked
+    print(f"last new token {late:+.0f} ms after the click on Stop")
+    assert late <= 500
+    assert grown[0][1] < grown[-1][1] == tokens(page), "it came in pieces, and all of it was kept"
+    assert "stopped by you" in page.locator(".wbc-reply .wbc-figures").last.inner_text()
+
+
+def test_a_conversation_with_versions_and_branches(lab, shots):
+    page, _ = lab
+    python(page, CALM)
+    page.locator(".wbc-empty").wait_for()
+    send(page, "What is a mixture of experts?")
+    ended(page)
+    first = page.locator(".wbc-reply .wbc-body").inner_text()
+    assert first
+    python(page, "panel.sampling = wb.Sampling(max_tokens=600, seed=2)")
+    page.get_by_role("button", name="Regenerate").click()
+    page.locator(".wbc-reply .wbc-versions", has_text="2/2").wait_for()
+    ended(page)
+    page.locator(".wbc-reply .wbc-token").nth(3).hover()
+    card = page.get_by_role("dialog")
+    card.wait_for()
+    page.screenshot(path=shots / "light.png")
+    kept = page.locator(".wbc-reply .wbc-token").first.inner_text()
+    chosen = card.locator(".wbc-row:enabled code").first.inner_text()
+    card.locator(".wbc-row:enabled").first.click()
+    page.locator(".wbc-reply .wbc-versions", has_text="3/3").wait_for()
+    ended(page)
+    by_hand = page.locator(".wbc-reply .wbc-by-hand")
+    assert by_hand.first.text_content().strip() == chosen.strip("␣").strip()
+    assert page.locator(".wbc-reply .wbc-token").first.inner_text() == kept
+    for _ in range(2):
+        page.locator(".wbc-reply").get_by_role("button", name="Previous").click()
+    page.locator(".wbc-reply .wbc-versions", has_text="1/3").wait_for()
+    assert page.locator(".wbc-reply .wbc-body").inner_text() == first
+
+
+def test_keys_pressed_in_the_panel_are_no_commands_of_the_notebook(lab):
+    page, _ = lab
+    page.locator(".wbc-reply .wbc-body").focus()
+    for key in ("ArrowRight", "d", "d", "b", "Escape"):
+        page.keyboard.press(key)
+    assert page.locator(".jp-Notebook .jp-Cell").count() == 2
+
+
+def test_running_the_cell_again_ends_the_old_panel(lab):
+    page, _ = lab
+    python(page, "old = panel")
+    command(page, "notebook:run-all-cells")
+    page.locator(".wbc-empty").wait_for(timeout=20_000)
+    python(page, "assert old.conversation.bench is None and panel.conversation.bench is not None")
+    assert page.locator(".wbc").count() == 1
+
+
+def test_a_notebook_closed_in_mid_reply_shows_all_of_it_when_opened_again(lab):
+    page, _ = lab
+    command(page, "docmanager:save")
+    page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
+    send(page, "Tell me everything.")
+    page.wait_for_function("() => document.querySelectorAll('.wbc-token').length > 10")
+    page.reload()
+    page.locator(".wbc-token").first.wait_for(timeout=30_000)
+    said = python(page, "panel.stop(); panel.wait(20)", "panel.history[-1].text")
+    ended(page)
+    page.get_by_role("button", name="Tokens").click()
+    assert page.locator(".wbc-reply .wbc-body").text_content() == said
+
+
+def test_it_is_legible_in_the_dark(lab, shots):
+    page, _ = lab
+    python(page, CALM)
+    command(page, "apputils:change-theme", theme="JupyterLab Dark")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+    send(page, "What is a mixture of experts?")
+    ended(page)
+    page.screenshot(path=shots / "dark.png")
+    colours = page.locator(".wbc-reply .wbc-body").evaluate(
+        "(body) => [getComputedStyle(body).color, getComputedStyle(body.closest('.wbc')).backgroundColor]"
+    )
+    ink, paper = ([int(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]] for colour in colours)
+    assert sum(ink) - sum(paper) > 3 * 100
+
+
+def test_no_request_left_the_machine_and_nothing_broke(lab):
+    page, outside = lab
+    assert outside == []
+    assert page.failures == []
