@@ -1,6 +1,7 @@
 """LatentCache: one latent row per token and layer, in blocks of 64, given back when nobody needs them."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from workbench.config import Config
 from workbench.errors import RequestError
 from workbench.model import Attention
 
-CONFIG = Config(
-    num_hidden_layers=3, kv_lora_rank=24, qk_rope_head_dim=8, max_position_embeddings=320, n_routed_experts=None
+CONFIG = replace(
+    Config.preset("pocket"), num_hidden_layers=3, kv_lora_rank=24, qk_rope_head_dim=8, max_position_embeddings=320
 )
 SIZES = {"fp32": 4, "bf16": 2}
 
@@ -192,12 +193,22 @@ def test_more_tokens_than_the_context_are_refused_before_anything_changes():
     assert cache.lengths == [320, 320]
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 32), (2, 5, 31), (2, 4, 32), (2, 1, 32), (2, 6, 32)])
-def test_rows_that_are_not_those_reserved_are_refused(shape):
+@pytest.mark.parametrize("shape", [(1, 5, 32), (2, 5, 31), (5, 32)])
+def test_rows_of_another_shape_are_refused(shape):
     cache = LatentCache(CONFIG, batch=2, format="fp32")
-    cache.reserve(5)
-    with pytest.raises((AssertionError, RequestError)):
+    with pytest.raises(RequestError, match=r"\[2, tokens, 32\]"):
         cache.append(0, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 6, 90])
+def test_appending_makes_its_own_room(tokens):
+    cache = LatentCache(CONFIG, batch=2, format="fp32")
+    cache.reserve(5)  # by a pass that was interrupted and wanted another number
+    new = rows(cache, tokens)
+    for layer, of_layer in enumerate(new):
+        cache.append(layer, of_layer)
+    cache.advance(tokens)
+    assert torch.equal(read(cache, 1), new[:, 1])
 
 
 def test_an_unknown_format_is_answered_with_the_known_ones():
@@ -290,3 +301,29 @@ def test_a_decoding_step_never_builds_keys_or_values_of_the_context(form, model,
     else:
         # a step may grow the pool, layer by layer, and look at the rows as they lie there; no more
         assert largest.elements <= cache.blocks * BLOCK * config.latent_width < keys
+
+
+def test_a_fork_collected_in_the_middle_of_growth_disturbs_nothing(monkeypatch):
+    cache = LatentCache(CONFIG, format="fp32")
+    old = rows(cache, 100)
+    write(cache, old)
+    fork = cache.fork()
+    write(fork, rows(fork, 100, seed=1))
+    cycle = [fork]
+    cycle.append(cycle)  # only the garbage collector ends it
+    del fork
+    empty = cache.pool._empty
+
+    def collecting(blocks):
+        cycle_ends.clear()
+        gc.collect()
+        return empty(blocks)
+
+    cycle_ends = [cycle]
+    del cycle
+    monkeypatch.setattr(cache.pool, "_empty", collecting)
+    new = rows(cache, 100, seed=2)
+    write(cache, new)
+    assert torch.equal(read(cache), torch.cat([old, new], 2)[:, 0])
+    assert cache.nbytes == cache.blocks * BLOCK * CONFIG.latent_width * 4 * CONFIG.num_hidden_layers
+    assert sorted(cache.pool.users.elements()) == sorted(cache.sequences[0].table)

@@ -218,3 +218,34 @@ def test_a_file_that_is_no_json_object_is_an_error_that_names_the_file(content, 
 def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Config.from_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("missing", ["hidden_size", "vocab_size", "kv_lora_rank", "q_lora_rank", "num_hidden_layers"])
+def test_a_width_that_is_missing_is_named_instead_of_guessed(missing):
+    raw = Config.preset("v2-lite").to_dict()
+    del raw[missing]
+    with pytest.raises(CheckpointError, match=f"{missing} missing"):
+        Config.from_json(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_theta": 1}, "rope_theta"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 0}}, "beta_slow"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_slow": -1}}, "beta_slow"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_slow": 64}}, "beta_slow"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "numbers"),
+        ({"quantization_config": "gptq"}, "gptq"),
+        ({"eos_token_id": 102400}, "eos_token_id"),
+        ({"hidden_size": "2048"}, "hidden_size must be int,"),
+    ],
+)
+def test_values_that_cannot_be_computed_with_are_refused(change, words):
+    with pytest.raises(CheckpointError, match=words):
+        Config.from_json(Config.preset("v2-lite").to_dict() | change)
+
+
+def test_a_directory_is_not_a_config(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Config.from_json(tmp_path)

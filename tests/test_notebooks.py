@@ -1,5 +1,4 @@
-"""What every notebook keeps to, whatever it teaches. That they run is for nbmake to show.
-"""
+"""What every notebook keeps to, whatever it teaches. That they run is for nbmake to show."""
 
 import json
 import re
@@ -11,7 +10,7 @@ from workbench import exercises
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-MAX_LINES = 12
+MAX_LINES, MAX_WIDTH = 12, 105
 SOLUTION = re.compile(r"<summary>Solution</summary>\s+```python\n(.*?)```", re.DOTALL)
 CHECK = re.compile(r"^(check_(\w+))\(\2\)$", re.MULTILINE)
 
@@ -74,7 +73,7 @@ def test_the_tour_begins_with_the_panel():
 def test_a_cell_fits_the_eye(path):
     for cell in cells(path, "code"):
         lines = [line for line in text(cell).split("\n") if line.strip()]
-        assert len(lines) <= MAX_LINES and max(map(len, lines)) <= 120, text(cell)
+        assert len(lines) <= MAX_LINES and max(map(len, lines)) <= MAX_WIDTH, text(cell)
         assert not re.search(r"^\s*(class |[%!])", text(cell), re.MULTILINE), "logic and commands live in the package"
 
 
@@ -175,16 +174,21 @@ def right_but_as_they_stand(probabilities, p):
     ("attempt", "says"),
     [
         (too_early, "not before it"),
-        (too_late, "one too many"),
+        (too_late, "too many"),
         (right_but_as_they_stand, "another order"),
         (lambda probabilities, p: None, "returned nothing"),
         (lambda probabilities, p: 3, "A list of indices is expected"),
-        (lambda probabilities, p: [max(probabilities)], "list of indices is expected"),
+        (lambda probabilities, p: [max(probabilities)], "A list of indices is expected"),
         (lambda probabilities, p: [1, 2, 3, 4], "not all places"),
-        (lambda probabilities, p: largest_first(probabilities), "1 of 5 cases"),
+        (lambda probabilities, p: largest_first(probabilities), "too many, stop as soon as p is reached"),
     ],
     ids="early late order nothing number value outside everything".split(),
 )
 def test_top_p_names_the_mistake(attempt, says):
     feedback = exercises.check_top_p(attempt)
     assert not feedback.passed and says in feedback.text
+
+
+def test_top_p_counts_what_is_right_already():
+    feedback = exercises.check_top_p(lambda probabilities, p: [0, 1])
+    assert "Right so far: 1 of 5 cases." in feedback.text

@@ -29,6 +29,7 @@ class Pool:
         self.device = torch.device(device)
         self.blocks = 0
         self.users: Counter[int] = Counter()  # how many sequences share a block; a free block is absent
+        self.orphans: list[list[int]] = []  # tables of sequences that were dropped, to be released
         self.layers = [self._empty(0) for _ in range(config.num_hidden_layers)]
 
     def _empty(self, blocks: int) -> list[torch.Tensor]:
@@ -52,6 +53,11 @@ class Pool:
             self._resize(self.blocks + missing)
         self.users.update(free)
         return free
+
+    def reap(self) -> None:
+        """Releases the blocks of sequences nobody holds any more."""
+        while self.orphans:
+            self.release(self.orphans.pop())
 
     def share(self, table: list[int]) -> None:
         self.users.update(table)
@@ -86,11 +92,14 @@ class Sequence:
 
     def __init__(self, pool: Pool, table: list[int], length: int):
         self.table, self.length = table, length
+        self.end = length  # position after the last one that `where` covers
         self.where: slice | torch.Tensor = slice(0, 0)  # rows of the pool, in order of position
-        weakref.finalize(self, pool.release, table).atexit = False
+        # only noted: the garbage collector may come by in the middle of anything, a resize for instance
+        weakref.finalize(self, pool.orphans.append, table).atexit = False
 
     def locate(self, tokens: int, device: torch.device) -> None:
         """A slice while the blocks are neighbours, so that reading copies nothing; else row numbers."""
+        self.end = tokens
         first = self.table[0] if self.table else 0
         if self.table == list(range(first, first + len(self.table))):
             self.where = slice(first * BLOCK, first * BLOCK + tokens)
@@ -124,11 +133,13 @@ class LatentCache:
     @property
     def nbytes(self) -> int:
         """Bytes of storage really held, for all sequences and forks that share the pool."""
+        self.pool.reap()
         return self.pool.nbytes
 
     @property
     def blocks(self) -> int:
         """Blocks of 64 tokens held per layer, for all sequences and forks that share the pool."""
+        self.pool.reap()
         return self.pool.blocks
 
     @property
@@ -166,6 +177,7 @@ class LatentCache:
 
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` more in every sequence, and a private copy of a shared block about to be written."""
+        self.pool.reap()
         for sequence in self.sequences:
             needed = sequence.length + tokens
             if needed > self.config.max_position_embeddings:
@@ -186,12 +198,15 @@ class LatentCache:
             sequence.locate(needed, self.pool.device)
 
     def append(self, layer: int, rows: torch.Tensor) -> None:
-        """Writes rows [B, T, W] of one layer at the reserved positions. Lengths move once per pass, in advance()."""
-        assert rows.shape[0] == self.batch and rows.shape[-1] == self.pool.width, (rows.shape, self.batch, self.pool.width)
+        """Writes rows [B, T, W] of one layer after the last token. Lengths move once per pass, in advance()."""
+        if rows.dim() != 3 or rows.shape[0] != self.batch or rows.shape[2] != self.pool.width:
+            wanted = f"[{self.batch}, tokens, {self.pool.width}]"
+            raise RequestError(f"rows must be {wanted} for this cache, not {list(rows.shape)}.")
+        if any(sequence.end != sequence.length + rows.shape[1] for sequence in self.sequences):
+            self.reserve(rows.shape[1])
         for sequence, new in zip(self.sequences, rows.detach(), strict=True):
             where = _after(sequence.where, sequence.length)
             for part, packed in zip(self.pool.layers[layer], self.pool.format.pack(new), strict=True):
-                assert part[where].shape == packed.shape, "reserve() before append(), for as many tokens"
                 part[where] = packed
 
     def rows(self, layer: int, sequence: int, dtype: torch.dtype) -> torch.Tensor:

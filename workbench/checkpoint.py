@@ -96,7 +96,7 @@ class Random:
         std: float | None = None,
     ):
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
-        self.std = (config or Config()).initializer_range if std is None else std
+        self.std = std if std is not None else config.initializer_range if config else 0.02
         self.taken: set[str] = set()
 
     def take(self, name: str, shape: tuple[int, ...], into: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Config: what a DeepSeek-V2 is, in numbers. Field names are those of the checkpoint's config.json."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,20 +39,20 @@ class Config:
     original code: normalised gates are not scaled.
     """
 
-    vocab_size: int = 102400
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    moe_intermediate_size: int = 1407
-    num_hidden_layers: int = 30
-    num_attention_heads: int = 32
-    q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    moe_intermediate_size: int = 0
     n_routed_experts: int | None = None
     n_shared_experts: int | None = None
-    num_experts_per_tok: int = 6
+    num_experts_per_tok: int = 0
     first_k_dense_replace: int = 0
     moe_layer_freq: int = 1
     topk_method: str = "greedy"
@@ -131,18 +131,23 @@ class Config:
             where = str(source)
             try:
                 raw = json.loads(Path(source).read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                raise CheckpointError(f"{where}: no such file. A checkpoint directory has a config.json.") from None
+            except OSError as error:
+                raise CheckpointError(
+                    f"{where}: cannot be read ({error.strerror}). A checkpoint directory has a config.json."
+                ) from None
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise CheckpointError(f"{where}: not valid JSON ({error}). Download it again.") from None
         if not isinstance(raw, dict):
             raise CheckpointError(f"{where}: expected a JSON object, found {type(raw).__name__}.")
         _refuse(raw, where)
+        needed = [f.name for f in fields(cls) if f.default is MISSING and f.name not in raw]
+        if needed:
+            raise CheckpointError(f"{where}: {', '.join(needed)} missing. Copy config.json from the checkpoint again.")
         values = {f.name: raw[f.name] for f in fields(cls) if f.name in raw and f.name not in ("name", "rope_scaling")}
         values |= _rope(raw, where)
         values["dtype"] = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = values["eos_token_id"][0]
+            values["eos_token_id"] = next(iter(values["eos_token_id"]), None)
         for key in ("bos_token_id", "eos_token_id", "n_group", "topk_group", "aux_loss_alpha", "seq_aux"):
             if key in values and values[key] is None:
                 del values[key]
@@ -191,8 +196,8 @@ def _refuse(raw: dict, where: str) -> None:
                 f"{where}: {key} {raw[key]!r} is not supported; known: {', '.join(map(str, allowed))}. "
                 "Is this a DeepSeek-V2 checkpoint?"
             )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "?")
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
         raise CheckpointError(f"{where}: weights quantised by {method!r} cannot be read; use the bf16 checkpoint.")
 
 
@@ -213,9 +218,14 @@ def _rope(raw: dict, where: str) -> dict:
     if "factor" not in settings:
         raise CheckpointError(f"{where}: YaRN needs a factor.")
     wrong = {k: v for k, v in settings.items() if isinstance(v, bool) or not isinstance(v, int | float)}
-    if wrong or settings["factor"] <= 0 or settings.get("original_max_position_embeddings", 1) < 1:
-        raise CheckpointError(f"{where}: YaRN settings must be positive numbers, found {wrong or settings}.")
-    return {"rope_theta": theta, "rope_scaling": Yarn(**settings)}
+    if wrong:
+        raise CheckpointError(f"{where}: YaRN settings must be numbers, found {wrong}.")
+    yarn = Yarn(**settings)
+    if yarn.factor <= 0 or yarn.original_max_position_embeddings < 1 or not 0 < yarn.beta_slow <= yarn.beta_fast:
+        raise CheckpointError(
+            f"{where}: YaRN needs a positive factor and original length, and 0 < beta_slow <= beta_fast; found {settings}."
+        )
+    return {"rope_theta": theta, "rope_scaling": yarn}
 
 
 def _check_types(values: dict, where: str) -> None:
@@ -230,7 +240,8 @@ def _check_types(values: dict, where: str) -> None:
             f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))
         ]
         if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-            raise CheckpointError(f"{where}: {f.name} must be {f.type}, found {value!r}.")
+            kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", f.type)
+            raise CheckpointError(f"{where}: {f.name} must be {kind}, found {value!r}.")
 
 
 def _check_shape(config: Config, where: str) -> None:
@@ -244,7 +255,9 @@ def _check_shape(config: Config, where: str) -> None:
         need(getattr(config, key) > 0, f"{key} must be positive, found {getattr(config, key)}")
     need(config.q_lora_rank is None or config.q_lora_rank > 0, "q_lora_rank must be positive or null")
     need(config.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: rotary embedding turns pairs")
-    need(config.rope_theta > 0 and config.rms_norm_eps > 0, "rope_theta and rms_norm_eps must be positive")
+    need(config.rope_theta > 1 and config.rms_norm_eps > 0, "rope_theta must exceed 1, and rms_norm_eps 0")
+    for key in ("bos_token_id", "eos_token_id"):
+        need(0 <= getattr(config, key) < config.vocab_size, f"{key} must be below vocab_size {config.vocab_size}")
     need(config.dtype in DTYPES, f"torch_dtype {config.dtype!r} is not supported; known: {', '.join(DTYPES)}")
     experts, groups = config.n_routed_experts, config.n_group
     if not experts:
@@ -261,13 +274,20 @@ def _check_shape(config: Config, where: str) -> None:
 
 
 _V2 = Config(
+    vocab_size=102400,
     hidden_size=5120,
     intermediate_size=12288,
     moe_intermediate_size=1536,
     num_hidden_layers=60,
     num_attention_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
     n_routed_experts=160,
     n_shared_experts=2,
+    num_experts_per_tok=6,
     first_k_dense_replace=1,
     topk_method="group_limited_greedy",
     n_group=8,

@@ -1,6 +1,7 @@
 """Checks for the exercises in the notebooks: they try what was written and say where it differs."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 
@@ -38,13 +39,12 @@ def check_top_p(top_p: Callable[[Sequence[float], float], Sequence[int]]) -> Fee
         answer = top_p(list(case.probabilities), case.p)
         if answer is None or answer is ...:
             return Feedback(False, f"{call} returned nothing. End the function with `return`, and a list of indices.")
-        try:
-            kept = tuple(int(index) for index in answer)
-        except (TypeError, ValueError):
+        if not isinstance(answer, Sequence) or not all(isinstance(index, Integral) for index in answer):
             return Feedback(False, f"{call} returned {answer!r}. A list of indices is expected, such as [0, 1].")
+        kept = tuple(answer)
         if kept != case.kept:
             hint = _hint(kept, case)
-            done = f" The first {number - 1} of {len(TOP_P)} cases are right." if number > 1 else ""
+            done = f" Right so far: {number - 1} of {len(TOP_P)} cases." if number > 1 else ""
             return Feedback(False, f"{call} returned {list(kept)}; expected {list(case.kept)}: {hint}.{done}")
     return Feedback(True, f"All {len(TOP_P)} cases are right. The engine does the same, in workbench/sampling.py.")
 
@@ -56,6 +56,6 @@ def _hint(kept: tuple[int, ...], case: Case) -> str:
         return "the right tokens in another order; put the likeliest first"
     if kept == case.kept[:-1]:
         return f"stop after the token that reaches p, not before it; {case.why}"
-    if kept[:-1] == case.kept:
-        return f"one too many; {case.why}"
+    if kept[: len(case.kept)] == case.kept:
+        return f"too many, stop as soon as p is reached; {case.why}"
     return case.why

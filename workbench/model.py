@@ -122,6 +122,10 @@ class Attention(nn.Module):
         return ops.attend(torch.cat([content, position], -1), key, value, self.scale)
 
 
+def _rows_of(config: Config) -> tuple[int, int, int]:
+    return config.num_hidden_layers, config.kv_lora_rank, config.qk_rope_head_dim
+
+
 def absorbing_is_cheaper(config: Config, new: int, length: int) -> bool:
     """Multiplications per head: moving `new` queries and outputs through kv_up, against expanding `length` rows."""
     up = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
@@ -254,7 +258,12 @@ class Model(nn.Module):
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise RequestError(f"token {high if low >= 0 else low} is outside the vocabulary of {config.vocab_size}.")
-        if cache is not None and (cache.batch != tokens.shape[0] or cache.config.latent_width != config.latent_width):
+        if cache is not None and cache.batch != tokens.shape[0]:
             raise RequestError(f"the cache is for {cache.batch} sequences, the tokens for {tokens.shape[0]}.")
+        if cache is not None and _rows_of(cache.config) != _rows_of(config):
+            raise RequestError(
+                f"the cache was made for another model: {_rows_of(cache.config)} layers, latent and rotary width, "
+                f"where this one has {_rows_of(config)}. Make one with bench.new_cache()."
+            )
         if cache is None and tokens.shape[1] > config.max_position_embeddings:
             raise RequestError(f"{tokens.shape[1]} tokens exceed the context of {config.max_position_embeddings}.")

@@ -72,8 +72,20 @@ def step(token, text, **changes):
     return [token, text, chosen["model"], chosen["sampled"], chosen["entropy"], alternatives, chosen["by_hand"]]
 
 
-def test_a_new_view_asks_for_everything_once(view):
+def test_a_new_view_asks_for_everything_until_it_comes(view):
     assert len(view.sent("ready")) == 1
+    view.page.wait_for_function("window.sent.length >= 2")
+    view.reply("", ["there"])
+    asked = len(view.sent("ready"))
+    view.page.wait_for_timeout(2500)
+    assert len(view.sent("ready")) == asked
+
+
+def test_news_about_a_path_that_is_not_known_are_asked_for_in_full(view):
+    view.reply("", ["there"])
+    view.tell(kind="path", view=None, fresh=False, facts=FACTS, turns=[], answering=None, path=[[9, 0, 1, None, None]])
+    assert len(view.sent("ready")) == 2
+    assert view.body.text_content() == "thereend"
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import pandas as pd
 
 from workbench.tokenizer import Tokenizer
 
-SIGNS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+# control characters have pictures in Unicode; as they are, no SVG may contain them
+SIGNS = {code: chr(0x2400 + code) for code in range(32)} | str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\x7f": "␡"})
 
 
 def visible(piece: str) -> str:
-    """A token's text with its white space shown."""
+    """A token's text with its white space and control characters shown."""
     return piece.translate(SIGNS)
 
 

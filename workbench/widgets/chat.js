@@ -28,7 +28,15 @@ class ChatView {
     this.build();
     this.onMessage = (message) => this[`on_${message.kind}`]?.(message);
     model.on("msg:custom", this.onMessage);
+    this.ask();
+  }
+
+  /** Asks for everything visible, again and again until it comes: a page that was just loaded may lose a message. */
+  ask(patience = 1000) {
+    this.known = false;
     this.tell({ kind: "ready", view: this.id });
+    clearTimeout(this.asking);
+    this.asking = setTimeout(() => this.ask(Math.min(2 * patience, 30000)), patience);
   }
 
   close() {
@@ -36,6 +44,7 @@ class ChatView {
     this.ended.abort();
     cancelAnimationFrame(this.frame);
     clearTimeout(this.patience);
+    clearTimeout(this.asking);
     this.card.hide();
   }
 
@@ -99,7 +108,9 @@ class ChatView {
   // What the kernel says
 
   on_path({ path, turns, answering, facts, fresh, view }) {
-    if (view && view !== this.id) return;
+    if ((view && view !== this.id) || !(fresh || this.known)) return;
+    clearTimeout(this.asking);
+    this.known = true;
     if (fresh) {
       this.card.hide();
       this.messages.clear();
@@ -112,6 +123,10 @@ class ChatView {
       if (known) known.set(turn);
       else this.messages.set(turn.key, new Message(turn, turn.role === "user" ? "You" : this.facts.model, this));
     }
+    if (path.some(([key]) => !this.messages.has(key))) {
+      this.ask();
+      return;
+    }
     this.path = path.map(([key]) => this.messages.get(key));
     this.path.forEach((message, index) => message.place(path[index].slice(1)));
     this.log.replaceChildren(this.empty, ...this.path.map((message) => message.element));
@@ -122,9 +137,9 @@ class ChatView {
 
   on_steps({ turn, from, steps, stats }) {
     const message = this.messages.get(turn);
-    if (!message) return;
+    if (!message || !this.known) return;
     if (!message.append(from, steps)) {
-      this.tell({ kind: "ready", view: this.id });
+      this.ask();
       return;
     }
     Object.assign(message.stats, stats);
@@ -291,7 +306,7 @@ class ChatView {
     this.button.title = busy ? "Stop (Escape)" : "Send (Enter); Shift+Enter starts a new line";
     this.button.setAttribute("aria-label", label);
     this.button.classList.toggle("wbc-halt", busy);
-    this.button.disabled = Boolean(this.closed) || (busy ? Boolean(this.stopping) : !this.input.value.trim());
+    this.button.disabled = Boolean(this.closed) || (!busy && !this.input.value.trim());
     this.input.disabled = Boolean(this.closed);
     this.input.style.height = "auto";
     this.input.style.height = `${Math.min(160, this.input.scrollHeight + 2)}px`;

@@ -48,7 +48,7 @@ class Controls(ipywidgets.Accordion):
             continuous_update=False, style=WIDE, layout={"width": "auto"},
         )  # fmt: skip
         self.system = ipywidgets.Textarea(
-            value=system, placeholder="System prompt: what the model is told before the conversation", rows=5,
+            value=system, placeholder="What the model is told before the conversation", rows=5,
             continuous_update=False, layout={"width": "auto", "min_height": "8em"},
         )  # fmt: skip
         self._sampling, self._changed, self._refused = sampling, changed, refused

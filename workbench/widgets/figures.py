@@ -26,10 +26,10 @@ class Plot(go.Figure):
             plot_bgcolor="rgba(0,0,0,0)",
             height=360,
             margin={"l": 60, "r": 20, "t": 60, "b": 70},
-            legend={"orientation": "h", "y": 1.08, "x": 0},
+            legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
             showlegend=len(table.columns) > 1,
         )
-        self.update_xaxes(automargin=True, showgrid=False)
+        self.update_xaxes(automargin=True, showgrid=False, zeroline=False)
         self.update_yaxes(automargin=True, gridcolor="rgba(128,128,128,.25)", zerolinecolor="rgba(128,128,128,.5)")
 
     _ipython_display_ = None  # or plotly would show its own form, of 5 MB in some front ends, without the table
@@ -70,7 +70,9 @@ def lines(table: pd.DataFrame, title: str, axis: str, log: bool = False) -> Plot
         for n, column in enumerate(table.columns)
     ]  # fmt: skip
     plot = Plot(traces, table, title)
-    kind = "log" if log else "linear"
-    plot.update_xaxes(title=escape(str(table.index.name or "")), type=kind)
-    plot.update_yaxes(title=escape(axis), type=kind)
+    plot.update_xaxes(title=escape(str(table.index.name or "")))
+    plot.update_yaxes(title=escape(axis))
+    if log:
+        plot.update_xaxes(type="log", tickvals=table.index.tolist())
+        plot.update_yaxes(type="log", dtick="D2")  # marks at 1, 2 and 5
     return plot
