@@ -19,13 +19,13 @@ ROOT = Path(__file__).parent.parent
 # imports go down or stay level, never up and never round
 FLOORS = {
     9: ["__main__", "doctor", "lab", "terminal"],
-    8: ["widgets"],
+    8: ["widgets", "exercises"],
     7: ["workbench", "session", "turns", "evals", "train", "benchmarks"],
     6: ["engine"],
     5: ["checkpoint", "shards", "chat"],
     4: ["model"],
     3: ["experts"],
-    2: ["ops"],
+    2: ["ops", "lens"],
     1: ["cache", "rope", "sampling", "tokenizer", "trace", "meter", "machine"],
     0: ["errors", "config", "probe", "formats"],
 }

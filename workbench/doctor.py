@@ -107,12 +107,12 @@ def _software() -> Iterator[Check]:
 
 def _judge(section: str, package: Package) -> Check:
     found = installed(package.name)
-    name, source = package.name, f"pip install 'deepseek-workbench[{package.extra}]'"
+    name, source = package.name, f"pip install -e '.[{package.extra}]' in the checkout"
     if found is None and package.without:
         remedy = source if package.extra else f"pip install '{name}>={package.minimum}'"
         return Check(section, name, WARN, f"not installed; without it: no {package.without}", remedy)
     if found is None:
-        return Check(section, name, FAIL, "not installed", "pip install deepseek-workbench")
+        return Check(section, name, FAIL, "not installed", "make setup, or pip install -e . in the checkout")
     if numbers(found) < numbers(package.minimum):
         state = WARN if package.without else FAIL
         return Check(section, name, state, f"{found} is too old", f"pip install '{name}>={package.minimum}'")
@@ -142,7 +142,7 @@ def _torch() -> ModuleType | None:
 def _front_end() -> Iterator[Check]:
     section = "Front end"
     if installed("jupyterlab") is None:
-        yield Check(section, "jupyterlab", WARN, "not installed", "pip install 'deepseek-workbench[notebooks]'")
+        yield Check(section, "jupyterlab", WARN, "not installed", "pip install -e '.[notebooks]' in the checkout")
         return
     paths = import_module("jupyter_core.paths")
     application = [Path(folder, "lab", "static") for folder in paths.jupyter_path()]

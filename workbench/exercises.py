@@ -22,13 +22,13 @@ class Case(NamedTuple):
     why: str
 
 
-# probabilities that are exact in binary, so that no answer hangs on rounding
+# exact in binary and without ties among what is kept, so that no answer hangs on rounding or on the way of sorting
 TOP_P = (
     Case((0.5, 0.25, 0.125, 0.125), 0.6, (0, 1), "0.5 is below 0.6, so the second is needed too: 0.75"),
     Case((0.5, 0.25, 0.125, 0.125), 0.5, (0,), "the first alone already reaches 0.5, and reaching p is enough"),
     Case((0.125, 0.25, 0.5, 0.125), 0.7, (2, 1), "the likeliest come first, wherever they stand in the list"),
     Case((0.5, 0.25, 0.25), 0.01, (0,), "the likeliest token is always kept, or nothing could be drawn"),
-    Case((0.5, 0.25, 0.25), 1.0, (0, 1, 2), "p = 1 keeps everything"),
+    Case((0.125, 0.5, 0.375), 1.0, (1, 2, 0), "p = 1 keeps everything"),
 )
 
 

@@ -46,7 +46,7 @@ def command(folder: Path, extra: list[str]) -> list[str]:
 def serve(target: Path, extra: list[str]) -> int:
     """Runs until JupyterLab ends; its exit status."""
     if find_spec("jupyterlab") is None:
-        raise RequestError("JupyterLab is not installed; pip install 'deepseek-workbench[notebooks]'")
+        raise RequestError("JupyterLab is not installed; make setup, or pip install -e '.[notebooks]'")
     try:
         return subprocess.run(command(notebooks(target), extra)).returncode
     except KeyboardInterrupt:  # JupyterLab had it too, and has said goodbye

@@ -154,10 +154,8 @@ def _experts_of_one(x, ids, gates, gate_up, down):
 
 def _experts_grouped(x, ids, gates, gate_up, down):
     order = ids.flatten().argsort(stable=True)  # assignments sorted by expert: every expert sees one contiguous run
-    counts = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).tolist()
+    ends = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
     token = order // ids.shape[1]
-    # unbind, not indexing: its gradient is one stack instead of a whole zero tensor per expert
-    runs = zip(x[token].split(counts), gate_up.unbind(), down.unbind(), strict=True)
-    outs = [F.linear(swiglu(F.linear(run, first)), second) for run, first, second in runs if run.shape[0]]
-    weighted = torch.cat(outs).float() * gates.flatten()[order, None]
+    hidden = swiglu(F.grouped_mm(x[token], gate_up.mT, offs=ends))
+    weighted = F.grouped_mm(hidden, down.mT, offs=ends).float() * gates.flatten()[order, None]
     return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, weighted).to(x.dtype)

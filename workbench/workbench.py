@@ -11,7 +11,7 @@ from workbench.cache import LatentCache
 from workbench.checkpoint import open_model, resolve, save
 from workbench.config import Config
 from workbench.engine import Completion, Engine, Stream
-from workbench.errors import RequestError
+from workbench.errors import BudgetError, RequestError
 from workbench.formats import cache_format
 from workbench.model import Model
 from workbench.sampling import Sampling
@@ -58,9 +58,10 @@ class Workbench:
     def new_cache(self, batch: int = 1, format: str | None = None) -> LatentCache:
         return self.engine.new_cache(batch, format)
 
-    def save(self, path: str | Path) -> None:
-        """Writes the checkpoint, with its tokenizer, in the Hugging Face layout."""
-        save(self.model, Path(path), files_from=self.path)
+    def save(self, path: str | Path, dtype: str = "auto") -> None:
+        """Writes the checkpoint, with its tokenizer, in the Hugging Face layout. dtype: "auto" (the model's), or another."""
+        kind = self.model.dtype if dtype == "auto" else _known(dtype)
+        save(self.model, Path(path), files_from=self.path, dtype=kind)
 
     def __repr__(self) -> str:
         total, active = self.config.parameters()
@@ -73,14 +74,21 @@ def load(name: str = "pocket", *, device: str = "auto", dtype: str = "auto", cac
 
     device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1". dtype: "auto" (bf16 on a GPU; on a CPU fp32 where
     that takes at most half of the free memory, else bf16), "fp32", "bf16". cache: "auto" (as dtype), "fp32", "bf16".
-    CheckpointError or RequestError say what is wrong and what to do.
+    CheckpointError, RequestError and BudgetError (the weights do not fit) say what is wrong and what to do.
     """
     where = _device(device)
     path = POCKET if name == "pocket" else resolve(name)
-    kind = _dtype(dtype, where, path)
-    model = open_model(path, device=str(where), dtype=kind)
+    needed = Config.from_json(path / "config.json").parameters().total
+    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
+    kind = _dtype(dtype, where, needed, free)
+    if needed * kind.itemsize > free:
+        raise BudgetError(
+            f"{name}: {_count(needed)} weights of {kind.itemsize} bytes take {needed * kind.itemsize / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free on {where}. Use dtype='bf16', a smaller checkpoint, or a larger machine."
+        )
     cache = {torch.float32: "fp32", torch.bfloat16: "bf16"}[kind] if cache == "auto" else cache_format(cache).name
-    return Workbench(model, Tokenizer(path), path, str(name), cache)
+    tokenizer = Tokenizer(path)  # before the weights, which take longer
+    return Workbench(open_model(path, device=where, dtype=kind), tokenizer, path, str(name), cache)
 
 
 def _device(name: str) -> torch.device:
@@ -94,14 +102,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, path: Path) -> torch.dtype:
+def _dtype(name: str, device: torch.device, parameters: int, free: int) -> torch.dtype:
+    if name != "auto":
+        return _known(name)
+    return torch.float32 if device.type == "cpu" and 4 * parameters <= free / 2 else torch.bfloat16
+
+
+def _known(name: str) -> torch.dtype:
     if name in ("fp16", "float16"):
         raise RequestError("fp16 overflows in DeepSeek-V2; use dtype='bf16', or 'fp32'.")
-    if name == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16
-        needed = 4 * Config.from_json(path / "config.json").parameters().total
-        return torch.float32 if needed <= psutil.virtual_memory().available / 2 else torch.bfloat16
     if name not in DTYPES:
         raise RequestError(f"no dtype called {name!r}; use 'auto', 'bf16' or 'fp32'.")
     return DTYPES[name]

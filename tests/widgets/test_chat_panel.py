@@ -29,7 +29,6 @@ def wire(panel, monkeypatch):
     """What the kernel sends to the views of the panel, as JSON gives it back."""
     sent = []
     monkeypatch.setattr(panel._view, "send", lambda content, buffers=None: sent.append(json.loads(json.dumps(content))))
-    panel._publisher.send = panel._view.send
     return sent
 
 

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from contextvars import copy_context
 from pathlib import Path
 
 import anywidget
@@ -41,6 +42,7 @@ class ChatPanel(ipywidgets.VBox):
 
     def __init__(self, bench: Workbench, system: str | None = None, sampling: Sampling | None = None) -> None:
         self._cell = _cell()
+        self._context = copy_context()
         for panel in list(_live):
             if panel.conversation.bench is bench or _same_cell(panel._cell, self._cell):
                 panel.retire("This panel was closed, because a newer one took its place.")
@@ -138,7 +140,7 @@ class ChatPanel(ipywidgets.VBox):
         """Ends the worker and lets the model go; what was said stays on the screen."""
         _live.discard(self)
         self.conversation.close()
-        self._view.send({"kind": "closed", "text": reason})
+        self._tell({"kind": "closed", "text": reason})
 
     def close(self) -> None:
         """Ends the worker and takes the panel off the screen."""
@@ -148,10 +150,15 @@ class ChatPanel(ipywidgets.VBox):
 
     # Behind the buttons
 
+    def _tell(self, message: dict) -> None:
+        # ipykernel 7.4 routes what a view says next to the subshell in whose name it was last written to. A page that
+        # is closed takes its subshells with it, so all is written in the name of the cell that made the panel.
+        self._context.copy().run(self._view.send, message)
+
     def _publish(self) -> None:
         bench = self.conversation.bench
         facts = {"model": bench.name, "context": bench.context, "cache_factor": cache_factor(bench.config)}
-        self._publisher = Publisher(self.conversation, facts, bench.tokenizer.piece, self._view.send)
+        self._publisher = Publisher(self.conversation, facts, bench.tokenizer.piece, self._tell)
 
     def _turn(self, turn: Turn | int) -> Turn:
         if not isinstance(turn, int):
@@ -193,7 +200,7 @@ class ChatPanel(ipywidgets.VBox):
             case {"kind": "ready", "view": str(view)}:
                 self._publisher.path(view)
                 if self not in _live:
-                    self._view.send({"kind": "closed", "text": "This panel was closed."})
+                    self._tell({"kind": "closed", "text": "This panel was closed."})
             case {"kind": "send", "text": str(text)}:
                 talk.send(text)
             case {"kind": "stop"}:
@@ -211,10 +218,10 @@ class ChatPanel(ipywidgets.VBox):
             case {"kind": "clear"}:
                 talk.clear()
             case {"kind": "prompt"}:
-                self._view.send({"kind": "prompt"} | self._prompt())
+                self._tell({"kind": "prompt"} | self._prompt())
             case {"kind": "export"}:
                 text = json.dumps(talk.export(), ensure_ascii=False)
-                self._view.send({"kind": "export", "name": f"conversation-{self._file_name()}.json", "text": text})
+                self._tell({"kind": "export", "name": f"conversation-{self._file_name()}.json", "text": text})
             case {"kind": "import", "text": str(text)}:
                 self._load(text)
 
@@ -249,7 +256,7 @@ class ChatPanel(ipywidgets.VBox):
         self.conversation.system = text
 
     def _refuse(self, text: str, draft: str | None = None) -> None:
-        self._view.send({"kind": "notice", "text": text, "draft": draft})
+        self._tell({"kind": "notice", "text": text, "draft": draft})
 
     def __repr__(self) -> str:
         return f"<ChatPanel {self._name}: {len(self.history)} turns>"
