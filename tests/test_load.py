@@ -34,7 +34,9 @@ def test_a_directory_opens_and_talks(folder):
     assert (bench.model.dtype, bench.new_cache().format) == (torch.float32, "fp32")
 
 
-@pytest.mark.parametrize(("dtype", "kind", "cache"), [("bf16", torch.bfloat16, "bf16"), ("fp32", torch.float32, "fp32")])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "cache"), [("bf16", torch.bfloat16, "bf16"), ("fp32", torch.float32, "fp32")]
+)
 def test_types_follow_the_request(folder, dtype, kind, cache):
     bench = wb.load(folder, device="cpu", dtype=dtype)
     assert (bench.model.dtype, bench.new_cache().format) == (kind, cache)

@@ -1,5 +1,6 @@
 """Training: the losses are the paper's, the assistant's words are the target, and a model learns."""
 
+import json
 from dataclasses import replace
 from itertools import islice
 
@@ -15,7 +16,7 @@ from workbench.probe import Recorder
 from workbench.tokenizer import Tokenizer
 from workbench.train.balance import losses
 from workbench.train.loop import Recipe, batches, rows, train
-from workbench.train.pocket import keep
+from workbench.train.pocket import keep, stage, train_pocket
 from workbench.train.vocabulary import train_tokenizer, write
 
 TALK = [
@@ -116,11 +117,22 @@ def test_a_model_learns_what_it_is_told_and_ends_without_gradients(model, tokeni
 def test_what_is_kept_opens_again_with_its_record(model, tokenizer, tmp_path):
     recipe = Recipe(steps=2, rows=1, length=24, long_share=0)
     [*_, last] = islice(train(model, endless(TALK, tokenizer), recipe), 2)
-    keep(model, tmp_path / "kept", tokenizer.path.parent, last, recipe, seed=0)
+    keep(model, tmp_path / "kept", tokenizer.path.parent, [stage(last, recipe, seed=7)])
     again = open_model(tmp_path / "kept", dtype=torch.float32)
     for name, tensor in model.tensors.items():
         assert torch.equal(again.tensors[name], tensor.bfloat16().float()), name
-    assert '"step": 1' in (tmp_path / "kept" / "training.json").read_text()
+    [record] = json.loads((tmp_path / "kept" / "training.json").read_text())
+    assert (record["seed"], record["recipe"]["steps"], record["reached"]["tokens"]) == (7, 2, 48)
+
+
+def test_training_goes_on_from_a_checkpoint_and_remembers_both_stages(model, tokenizer, tmp_path):
+    first = Recipe(steps=1, rows=1, length=16, long_share=0)
+    [last] = train(model, endless(TALK, tokenizer), first)
+    keep(model, tmp_path / "first", tokenizer.path.parent, [stage(last, first, seed=1)])
+    train_pocket(tmp_path / "second", replace(first, steps=3), seed=2, start=tmp_path / "first")
+    record = json.loads((tmp_path / "second" / "training.json").read_text())
+    assert [(part["seed"], part["recipe"]["steps"]) for part in record] == [(1, 1), (2, 3)]
+    assert Tokenizer(tmp_path / "second").encode("Bonjour !") == tokenizer.encode("Bonjour !")
 
 
 def test_a_recorder_names_the_sites_it_knows():

@@ -50,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train the model that ships with the package")
     train.add_argument("what", choices=["pocket"])
     train.add_argument("--out", type=Path, default=Path("runs/pocket"), help="where the checkpoint goes")
-    train.add_argument("--steps", type=int, help="fewer than the recipe's make a worse model sooner")
+    train.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of 2,048 tokens; fewer make a worse model")
+    train.add_argument("--rate", type=float, default=argparse.SUPPRESS, help="peak learning rate")
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--start", type=Path, help="a checkpoint to go on from, with a fresh optimizer")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("eval", help="the held-out questions of pocket")
@@ -122,10 +124,11 @@ def _train(options: argparse.Namespace) -> int:
     from workbench.train.loop import Progress, Recipe
     from workbench.train.pocket import train_pocket
 
-    recipe = Recipe(steps=options.steps)
+    given = {name: getattr(options, name) for name in ("steps", "rate") if name in options}
+    recipe = Recipe(**given)
 
     def report(progress: Progress) -> None:
-        if progress.step % 25 == 24 or progress.step + 1 == recipe.steps:
+        if (progress.step + 1) % 25 == 0 or progress.step + 1 == recipe.steps:
             print(
                 f"step {progress.step + 1} of {recipe.steps}: {progress.loss:.3f} nats, balance {progress.expert:.2f} "
                 f"{progress.device:.2f} {progress.communication:.2f}, {progress.tokens:,} tokens, "
@@ -133,7 +136,7 @@ def _train(options: argparse.Namespace) -> int:
                 flush=True,
             )
 
-    train_pocket(options.out, recipe, options.seed, report)
+    train_pocket(options.out, recipe, options.seed, options.start, report)
     return 0
 
 

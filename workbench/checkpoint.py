@@ -257,6 +257,7 @@ def _write_weights(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.
     for file, names in zip(files, shards, strict=True):
         shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library writes for the owner alone
         del shard  # before the next one is made
     if len(shards) > 1:
         total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize

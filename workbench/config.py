@@ -133,7 +133,7 @@ class Config:
                 raw = json.loads(Path(source).read_text(encoding="utf-8"))
             except OSError as error:
                 raise CheckpointError(
-                    f"{where}: cannot be read ({error.strerror}). A checkpoint directory has a config.json."
+                    f"{where}: {error.strerror.lower()}. A checkpoint directory has a config.json."
                 ) from None
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise CheckpointError(f"{where}: not valid JSON ({error}). Download it again.") from None
@@ -202,7 +202,7 @@ def _refuse(raw: dict, where: str) -> None:
 
 
 def _rope(raw: dict, where: str) -> dict:
-    """`rope_scaling` + `rope_theta` (original) or `rope_parameters` (transformers 5); the second wins where both are."""
+    """`rope_scaling` and `rope_theta` (original) or `rope_parameters` (transformers 5), which wins where both are."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"{where}: the rotary settings must be an object or null, found {rope!r}.")
@@ -223,7 +223,7 @@ def _rope(raw: dict, where: str) -> dict:
     yarn = Yarn(**settings)
     if yarn.factor <= 0 or yarn.original_max_position_embeddings < 1 or not 0 < yarn.beta_slow <= yarn.beta_fast:
         raise CheckpointError(
-            f"{where}: YaRN needs a positive factor and original length, and 0 < beta_slow <= beta_fast; found {settings}."
+            f"{where}: YaRN needs a positive factor and length, and 0 < beta_slow <= beta_fast; found {settings}."
         )
     return {"rope_theta": theta, "rope_scaling": yarn}
 

@@ -62,7 +62,7 @@ class Package(NamedTuple):
 
 
 PACKAGES = (
-    Package("torch", "2.9"),
+    Package("torch", "2.10"),
     Package("triton", "3.5", without="kernels: every op runs its reference body"),
     Package("safetensors", "0.5"),
     Package("tokenizers", "0.21"),

@@ -73,9 +73,13 @@ class Attention(nn.Module):
         self.kv_up = weights.take(f"{name}.kv_b_proj.weight", heads * per_head, config.kv_lora_rank)
         self.out = weights.take(f"{name}.o_proj.weight", config.hidden_size, heads * config.v_head_dim)
 
-    def forward(self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe
+    ) -> torch.Tensor:
         config, eps = self.config, self.config.rms_norm_eps
-        query, compressed = ops.linear(x, self.down).split([self.down.shape[0] - config.latent_width, config.latent_width], -1)
+        query, compressed = ops.linear(x, self.down).split(
+            [self.down.shape[0] - config.latent_width, config.latent_width], -1
+        )
         if config.q_lora_rank is not None:
             query = probe("attn.q_latent", ops.rms_norm(query, self.q_norm, eps))
             query = ops.linear(query, self.q_up)
@@ -117,7 +121,9 @@ class Attention(nn.Module):
         """Keys and values of every head rebuilt from the rows, for this call only."""
         latent, k_rope = rows.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         both = ops.linear(latent, self.kv_up).unflatten(-1, (self.config.num_attention_heads, -1))
-        key, value = both.split([self.config.qk_nope_head_dim, self.config.v_head_dim], -1)  # [B, S, H, N], [B, S, H, V]
+        key, value = both.split(
+            [self.config.qk_nope_head_dim, self.config.v_head_dim], -1
+        )  # [B, S, H, N], [B, S, H, V]
         key = torch.cat([key, k_rope[:, :, None].expand(-1, -1, key.shape[2], -1)], -1)
         return ops.attend(torch.cat([content, position], -1), key, value, self.scale)
 
@@ -154,7 +160,8 @@ class Mixture(nn.Module):
         name, hidden, width = f"model.layers.{layer}.mlp", config.hidden_size, config.moe_intermediate_size
         self.router = weights.take(f"{name}.gate.weight", config.n_routed_experts, hidden)
         bank = Bank(
-            weights.empty(config.n_routed_experts, 2 * width, hidden), weights.empty(config.n_routed_experts, hidden, width)
+            weights.empty(config.n_routed_experts, 2 * width, hidden),
+            weights.empty(config.n_routed_experts, hidden, width),
         )
         for expert in range(config.n_routed_experts):
             one = f"{name}.experts.{expert}"
@@ -193,7 +200,9 @@ class Block(nn.Module):
         else:
             self.mlp = Dense(f"{name}.mlp", config.hidden_size, config.intermediate_size, weights)
 
-    def forward(self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe
+    ) -> torch.Tensor:
         probe = probe.at(self.layer)
         x = probe("resid.pre", x)
         attended = self.attention(ops.rms_norm(x, self.attention_norm, self.eps), rotations, cache, probe)
@@ -254,7 +263,9 @@ class Model(nn.Module):
     def _check(self, tokens: torch.Tensor, cache: LatentCache | None) -> None:
         config = self.config
         if tokens.dim() != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
-            raise RequestError(f"tokens must be a non-empty [batch, length] of integers, not {tuple(tokens.shape)} {tokens.dtype}.")
+            raise RequestError(
+                f"tokens must be a non-empty [batch, length] of integers, not {tuple(tokens.shape)} {tokens.dtype}."
+            )
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise RequestError(f"token {high if low >= 0 else low} is outside the vocabulary of {config.vocab_size}.")

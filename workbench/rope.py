@@ -37,7 +37,9 @@ def frequencies(config: Config) -> torch.Tensor:
 
 def _corrected_pairs(yarn: Yarn, theta: float, width: int) -> tuple[float, float]:
     def pair(rotations: float) -> float:
-        return width * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return (
+            width * math.log(yarn.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        )
 
     low = max(math.floor(pair(yarn.beta_fast)), 0)
     high = min(math.ceil(pair(yarn.beta_slow)), width - 1)

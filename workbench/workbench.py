@@ -59,7 +59,7 @@ class Workbench:
         return self.engine.new_cache(batch, format)
 
     def save(self, path: str | Path, dtype: str = "auto") -> None:
-        """Writes the checkpoint, with its tokenizer, in the Hugging Face layout. dtype: "auto" (the model's), or another."""
+        """Writes the checkpoint, with its tokenizer, in the Hugging Face layout. dtype "auto" is the model's."""
         kind = self.model.dtype if dtype == "auto" else _known(dtype)
         save(self.model, Path(path), files_from=self.path, dtype=kind)
 
@@ -83,8 +83,8 @@ def load(name: str = "pocket", *, device: str = "auto", dtype: str = "auto", cac
     kind = _dtype(dtype, where, needed, free)
     if needed * kind.itemsize > free:
         raise BudgetError(
-            f"{name}: {_count(needed)} weights of {kind.itemsize} bytes take {needed * kind.itemsize / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free on {where}. Use dtype='bf16', a smaller checkpoint, or a larger machine."
+            f"{name}: {_count(needed)} weights of {kind.itemsize} bytes take {needed * kind.itemsize / 1e9:.1f} GB, but "
+            f"{free / 1e9:.1f} GB are free on {where}. Use dtype='bf16', a smaller model or a larger machine."
         )
     cache = {torch.float32: "fp32", torch.bfloat16: "bf16"}[kind] if cache == "auto" else cache_format(cache).name
     tokenizer = Tokenizer(path)  # before the weights, which take longer

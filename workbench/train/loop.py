@@ -57,7 +57,9 @@ class Progress(NamedTuple):
     seconds: float  # so far
 
 
-def rows(conversations: Iterable[list[dict]], tokenizer: Tokenizer, others: float) -> Iterator[tuple[list[int], list[float]]]:
+def rows(
+    conversations: Iterable[list[dict]], tokenizer: Tokenizer, others: float
+) -> Iterator[tuple[list[int], list[float]]]:
     """Each conversation as tokens and the weight of each token as a target: 1 for what the assistant says."""
     for messages in conversations:
         prompt = render(messages, tokenizer)
@@ -69,7 +71,9 @@ def rows(conversations: Iterable[list[dict]], tokenizer: Tokenizer, others: floa
         yield prompt.tokens, weights
 
 
-def batches(source: Iterator[tuple[list[int], list[float]]], recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    source: Iterator[tuple[list[int], list[float]]], recipe: Recipe
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and weights [B, L + 1] of every step. Each row starts with a conversation; the last one is cut."""
     for step in range(recipe.steps):
         count, length = recipe.shape(step)

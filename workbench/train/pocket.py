@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from workbench.checkpoint import Random, save
+from workbench.checkpoint import Random, open_model, save
 from workbench.config import Config
 from workbench.evals.exam import texts
 from workbench.model import Model
@@ -16,35 +16,47 @@ from workbench.train.loop import Progress, Recipe, rows, train
 from workbench.train.vocabulary import train_tokenizer, write
 
 CORPUS = 60_000  # conversations the vocabulary is learned from
+RECORD = "training.json"
 
 
 def train_pocket(
-    out: Path, recipe: Recipe, seed: int = 0, report: Callable[[Progress], None] | None = None, save_every: int = 500
+    out: Path,
+    recipe: Recipe,
+    seed: int = 0,
+    start: Path | None = None,
+    report: Callable[[Progress], None] | None = None,
+    save_every: int = 500,
 ) -> Model:
     """Writes a checkpoint in the Hugging Face layout to `out`, beside `training.json` with how it was made.
 
-    The same seed, recipe and thread count give the same text to train on; weights agree up to floating-point order.
-    Questions of the exam are never trained on: the curriculum leaves them out.
+    `start` goes on from an earlier checkpoint, with its vocabulary and a fresh optimizer. The same seed and recipe give
+    the same text to train on; weights agree up to floating-point order. Questions of the exam are never trained on.
     """
     config = Config.preset("pocket")
-    out.mkdir(parents=True, exist_ok=True)
-    vocabulary = out / "vocabulary"
-    write(train_tokenizer(corpus(seed, CORPUS), config.vocab_size), vocabulary)
-    tokenizer = Tokenizer(vocabulary)
-    torch.manual_seed(seed)
-    model = Model(config, Random(config, seed=seed))
-    lessons = rows(conversations(seed, exclude=texts()), tokenizer, recipe.others)
+    if start is None:
+        history, vocabulary = [], out.with_name(f"{out.name}-vocabulary")
+        write(train_tokenizer(corpus(seed, CORPUS), config.vocab_size), vocabulary)
+        model = Model(config, Random(config, seed=seed))
+    else:
+        history, vocabulary = json.loads((start / RECORD).read_text(encoding="utf-8")), start
+        model = open_model(start, dtype=torch.float32)
+    lessons = rows(conversations(seed, exclude=texts()), Tokenizer(vocabulary), recipe.others)
     for progress in train(model, lessons, recipe):
         if report is not None:
             report(progress)
-        if progress.step % save_every == save_every - 1 or progress.step == recipe.steps - 1:
-            keep(model, out / "checkpoint", vocabulary, progress, recipe, seed)
+        if (progress.step + 1) % save_every == 0 or progress.step + 1 == recipe.steps:
+            keep(model, out, vocabulary, [*history, stage(progress, recipe, seed)])
     return model
 
 
-def keep(model: Model, path: Path, vocabulary: Path, progress: Progress, recipe: Recipe, seed: int) -> None:
-    """Saves the weights in bf16, as they ship, and the record of the run."""
+def stage(progress: Progress, recipe: Recipe, seed: int) -> dict:
+    """What has to be known to run one stage of training again, and what it cost."""
+    settings = vars(recipe) | {"balance": recipe.balance._asdict()}
+    made = {"seed": seed, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return made | {"recipe": settings, "reached": progress._asdict()}
+
+
+def keep(model: Model, path: Path, vocabulary: Path, history: list[dict]) -> None:
+    """Saves the weights in bf16, as they ship, and the stages of training that led to them."""
     save(model, path, files_from=vocabulary, dtype=torch.bfloat16)
-    record = {"seed": seed, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    record |= {"progress": progress._asdict(), "recipe": vars(recipe) | {"balance": recipe.balance._asdict()}}
-    (path / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (path / RECORD).write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
