@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="the held-out questions of pocket")
     evaluate.add_argument("what", choices=["pocket"])
     _model(evaluate)
+    evaluate.add_argument("--card", action="store_true", help="write README.md and exam.json beside the weights")
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(run=_eval)
 
@@ -141,9 +142,15 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from workbench.evals.card import card
     from workbench.evals.exam import examine
 
-    result = examine(_load(options))
+    bench = _load(options)
+    result = examine(bench)
+    if options.card:
+        stages = json.loads((bench.path / "training.json").read_text(encoding="utf-8"))
+        (bench.path / "README.md").write_text(card(bench.config, stages, result), encoding="utf-8")
+        (bench.path / "exam.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result.to_dict(), ensure_ascii=False, indent=2) if options.json else result)
     return 0
 

@@ -83,7 +83,7 @@ def load(name: str = "pocket", *, device: str = "auto", dtype: str = "auto", cac
     kind = _dtype(dtype, where, needed, free)
     if needed * kind.itemsize > free:
         raise BudgetError(
-            f"{name}: {_count(needed)} weights of {kind.itemsize} bytes take {needed * kind.itemsize / 1e9:.1f} GB, but "
+            f"{name}: {_count(needed)} weights of {kind.itemsize} bytes take {needed * kind.itemsize / 1e9:.1f} GB; "
             f"{free / 1e9:.1f} GB are free on {where}. Use dtype='bf16', a smaller model or a larger machine."
         )
     cache = {torch.float32: "fp32", torch.bfloat16: "bf16"}[kind] if cache == "auto" else cache_format(cache).name

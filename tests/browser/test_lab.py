@@ -53,6 +53,7 @@ class Desk(NamedTuple):
 
 @pytest.fixture(scope="module")
 def desk(playwright, tmp_path_factory):
+    pytest.importorskip("jupyterlab", reason="needs jupyterlab: pip install 'deepseek-workbench[notebooks]'")
     folder = tmp_path_factory.mktemp("lab")
     (folder / "notebooks").mkdir()
     (folder / "notebooks" / FIRST).write_text(notebook(SETUP, "1 + 1"), encoding="utf-8")
@@ -185,6 +186,7 @@ def test_it_is_legible_in_the_dark(page, shots):
     page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
     send(page, "What is a mixture of experts?")
     ended(page)
+    page.locator(".wbc-head").scroll_into_view_if_needed()
     page.screenshot(path=shots / "dark.png")
     colours = page.locator(".wbc-reply .wbc-body").evaluate(
         "(body) => [getComputedStyle(body).color, getComputedStyle(body.closest('.wbc')).backgroundColor]"

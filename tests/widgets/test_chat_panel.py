@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from contextvars import ContextVar
 
 import ipywidgets
 import pytest
@@ -351,6 +352,20 @@ def test_the_same_cell_run_again_ends_the_panel_it_made_before(fake_bench, monke
     assert first.conversation.bench is None and beside.conversation.bench is None
     for each in (first, beside, second):
         each.close()
+
+
+def test_the_worker_speaks_in_the_name_of_the_cell_that_made_the_panel(fake_bench, monkeypatch):
+    """The kernel answers a view through whoever wrote to it last, and a page that was closed cannot pass it on."""
+    cell = ContextVar("cell", default="none")
+    cell.set("the cell")
+    panel, heard = chat(fake_bench), []
+    monkeypatch.setattr(panel._view, "send", lambda content, buffers=None: heard.append(cell.get()))
+    cell.set("a later one")
+    panel.send("hi")
+    panel.wait(SECONDS)
+    press(panel, "ready", view="v")
+    assert set(heard) == {"the cell"}
+    panel.close()
 
 
 def test_a_closed_panel_says_so_to_a_view_that_opens_later(panel, wire):

@@ -145,17 +145,20 @@ class Report:
         groups["all"] = [one.passed for one in self.marked]
         return [(label, sum(results), len(results)) for label, results in groups.items()]
 
+    def intervals(self) -> list[tuple[float, float]]:
+        """The 95 % interval of each row's share."""
+        return [wilson(passed, total) for _, passed, total in self.rows()]
+
     def to_dict(self) -> dict:
-        """Plain data for a card: per group the passed, the total and the 95 % interval of the share."""
+        """Plain data: per group the passed, the total and the 95 % interval of the share."""
         return {
-            label: {"passed": passed, "total": total, "interval": [round(x, 3) for x in wilson(passed, total)]}
-            for label, passed, total in self.rows()
+            label: {"passed": passed, "total": total, "interval": [round(x, 3) for x in interval]}
+            for (label, passed, total), interval in zip(self.rows(), self.intervals(), strict=True)
         }
 
     def __str__(self) -> str:
         lines = [f"{'':<12}{'passed':>8}{'total':>7}{'share':>8}   95 % interval"]
-        for label, passed, total in self.rows():
-            low, high = wilson(passed, total)
+        for (label, passed, total), (low, high) in zip(self.rows(), self.intervals(), strict=True):
             share = passed / total if total else 0.0
             lines.append(f"{label:<12}{passed:>8}{total:>7}{share:>8.1%}   {low:.1%} to {high:.1%}")
         return "\n".join(lines)

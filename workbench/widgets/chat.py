@@ -46,7 +46,7 @@ class ChatPanel(ipywidgets.VBox):
         for panel in list(_live):
             if panel.conversation.bench is bench or _same_cell(panel._cell, self._cell):
                 panel.retire("This panel was closed, because a newer one took its place.")
-        self._name = bench.name
+        self._name = Path(bench.name).name  # of a directory or hub id the last part
         self._view = ChatView()
         self._view.on_msg(self._hear)
         self.conversation = Conversation(bench, system, sampling)
@@ -157,7 +157,7 @@ class ChatPanel(ipywidgets.VBox):
 
     def _publish(self) -> None:
         bench = self.conversation.bench
-        facts = {"model": bench.name, "context": bench.context, "cache_factor": cache_factor(bench.config)}
+        facts = {"model": self._name, "context": bench.context, "cache_factor": cache_factor(bench.config)}
         self._publisher = Publisher(self.conversation, facts, bench.tokenizer.piece, self._tell)
 
     def _turn(self, turn: Turn | int) -> Turn:
@@ -247,7 +247,7 @@ class ChatPanel(ipywidgets.VBox):
         return {"parts": [part for part in parts if part[1]], "tokens": len(prompt.tokens)}
 
     def _file_name(self) -> str:
-        return "".join(c if c.isalnum() or c in "-." else "-" for c in Path(self._name).name)
+        return "".join(c if c.isalnum() or c in "-." else "-" for c in self._name)
 
     def _sampling_changed(self, sampling: Sampling) -> None:
         self.conversation.sampling = sampling
