@@ -199,6 +199,22 @@ def test_an_open_reply_is_continued_where_it_was(engine, tokenizer):
     assert half + rest.tokens == whole.tokens
 
 
+def test_a_reply_cut_inside_a_character_is_completed(engine, tokenizer, monkeypatch):
+    tokens = tokenizer.encode("🐼!")
+    assert len(tokens) > 4
+    forward, position = engine._forward, iter(tokens[2:])
+
+    def saying(*args):
+        logits = forward(*args).clone()
+        logits[:, next(position)] = 99
+        return logits
+
+    monkeypatch.setattr(engine, "_forward", saying)
+    turns = [*HELLO, {"role": "assistant", "content": "", "tokens": tokens[:2]}]
+    rest = engine.generate(turns, Sampling(temperature=0, max_tokens=len(tokens) - 2), open_last=True)
+    assert rest.text == "🐼!"
+
+
 def test_two_streams_at_once_do_not_disturb_each_other(engine):
     alone = engine.generate(HELLO, GREEDY).tokens
     other = engine.generate("你好", GREEDY).tokens

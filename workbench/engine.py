@@ -190,8 +190,10 @@ class Engine:
         A stopped stream ends without a further step and with stats.finish "stopped"; the cache keeps what was read.
         """
         made = self.prompt(prompt, open_last)
-        continues = open_last and made.tokens and len(prompt[-1].get("content") or "") > 0
-        reply = self._reply(made, prompt, sampling or Sampling(), continues)
+        said = prompt[-1].get("tokens") or self.tokenizer.encode(prompt[-1]["content"]) if open_last else []
+        reply = self._reply(made, prompt, sampling or Sampling(), continues=bool(said))
+        for token in said:
+            reply.decoder.push(token)  # completes a character that the reply was cut in
         return Stream(self._steps(reply, stop or threading.Event()), reply.stats, made)
 
     def _reply(self, made: Prompt, prompt: Request, sampling: Sampling, continues: bool = False) -> Reply:

@@ -30,13 +30,15 @@ CALM = f"panel.sampling = wb.Sampling(max_tokens=600, seed=1); panel.clear(); {H
 
 WATCH = """() => {
   window.grown = [];
-  let before = 0;
+  let before = document.querySelectorAll(".wbc-reply .wbc-token:not(.wbc-end)").length;
   const look = () => {
     const now = document.querySelectorAll(".wbc-reply .wbc-token:not(.wbc-end)").length;
     if (now > before) window.grown.push([performance.now(), now]);
     before = now;
   };
-  new MutationObserver(look).observe(document.querySelector(".wbc-log"), { childList: true, subtree: true });
+  window.watch?.disconnect();
+  window.watch = new MutationObserver(look);
+  window.watch.observe(document.querySelector(".wbc-log"), { childList: true, subtree: true });
   const stop = document.querySelector(".wbc-go");
   stop.addEventListener("click", () => (window.clicked = performance.now()), { capture: true });
 }"""
@@ -80,15 +82,22 @@ def shots(tmp_path_factory):
     return folder
 
 
-def tokens(page):
-    return page.locator(".wbc-reply").last.locator(".wbc-token:not(.wbc-end)").count()
-
-
 def send(page, text):
     box = page.locator(".wbc-bar-input textarea")
     box.click()
     page.keyboard.type(text)
     page.keyboard.press("Enter")
+
+
+def send_until_long(page):
+    """Asks until a reply is on its way that is long enough to be stopped; returns in the middle of it."""
+    for _ in range(10):
+        page.evaluate(WATCH)
+        send(page, "Tell me everything.")
+        page.wait_for_function("window.grown.length >= 4 || document.querySelector('.wbc-go').textContent === 'Send'")
+        if page.evaluate("window.grown.length") >= 4:
+            return
+    pytest.fail("every reply was short")
 
 
 def ended(page):
@@ -109,9 +118,7 @@ def python(page, code, value="None"):
 
 
 def test_stop_ends_the_stream_within_half_a_second(page):
-    page.evaluate(WATCH)
-    send(page, "Tell me everything.")
-    page.wait_for_function("window.grown.length >= 4", timeout=20_000)
+    send_until_long(page)
     page.get_by_role("button", name="Stop").click()
     ended(page)
     time.sleep(1.0)
@@ -119,7 +126,8 @@ def test_stop_ends_the_stream_within_half_a_second(page):
     late = grown[-1][0] - clicked
     print(f"last new token {late:+.0f} ms after the click on Stop")
     assert late <= 500
-    assert grown[0][1] < grown[-1][1] == tokens(page), "it came in pieces, and all of it was kept"
+    assert grown[0][1] < grown[-1][1], "it came in pieces"
+    assert page.locator(".wbc-reply .wbc-token:not(.wbc-end)").count() == grown[-1][1], "and all of it was kept"
     assert "stopped by you" in page.locator(".wbc-reply .wbc-figures").last.inner_text()
 
 
@@ -170,11 +178,12 @@ def test_running_the_cell_again_ends_the_old_panel(page):
 def test_a_notebook_closed_in_mid_reply_shows_all_of_it_when_opened_again(desk, page):
     command(page, "docmanager:save")
     page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
-    send(page, "Tell me everything.")
-    page.wait_for_function("() => document.querySelectorAll('.wbc-token').length > 10")
+    send_until_long(page)
     desk.reopen()
     page.locator(".wbc-reply").first.wait_for(timeout=30_000)
-    said = python(page, "panel.stop(); panel.wait(20)", "panel.history[-1].text")
+    said = python(
+        page, "panel.stop(); panel.wait(20)", "''.join(t.text for t in panel.history if t.role == 'assistant')"
+    )
     ended(page)
     page.get_by_role("button", name="Tokens").click()
     assert "".join(page.locator(".wbc-reply .wbc-token:not(.wbc-end)").all_text_contents()) == said
