@@ -62,7 +62,8 @@ def _making(stages: list[dict]) -> str:
     for number, stage in enumerate(stages, 1):
         recipe, reached = stage["recipe"], stage["reached"]
         lines.append(
-            f"| {number} | {stage['seed']} | {recipe['steps']:,} | {reached['tokens']:,} | {recipe['rate']} | "
+            f"| {number} | {stage['seed']} | {reached['step'] + 1:,} of {recipe['steps']:,} | {reached['tokens']:,} | "
+            f"{recipe['rate']} | "
             f"{reached['seconds'] / 60:.0f} min, {stage['threads']} CPU thread(s) | {reached['expert']:.2f} |"
         )
     commands = [
@@ -75,7 +76,8 @@ def _making(stages: list[dict]) -> str:
 The text is the endless, seeded stream of `workbench.train.curriculum`: 40 % English, 30 % Chinese, 30 % French.
 Questions of the exam are left out, and one in five pairs of numbers is kept for it. Loss on what the assistant says, a
 tenth of it on the rest, and the paper's three balance losses. Each stage starts with a fresh optimizer (torch
-{stages[-1]["torch"]}).
+{stages[-1]["torch"]}); one that did not take all of its steps was stopped there, and the next goes on from what it
+had saved.
 
 ```
 {chr(10).join(commands)}

@@ -21,7 +21,8 @@ from workbench.train.balance import Weights, losses
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long, how fast, on what. Warm-up, constant, then linear to zero: a short run gains most from its descent."""
+    """How long, how fast, on what. AdamW as in the paper (3.1.2); warm-up, constant, then linear to zero, because a
+    short run gains most from its descent."""
 
     steps: int = 3000
     rows: int = 4
@@ -30,7 +31,6 @@ class Recipe:
     long_length: int = 2048
     long_share: float = 0.1  # of the steps, at the end, on long rows: the paper's context stage, 3.1.4
     rate: float = 3e-3
-    spread: float = 0.05  # standard deviation of the first weights: about hidden_size^-1/2, wider than the paper's
     warm_up: int = 100
     descent: float = 0.4  # of the steps
     decay: float = 0.1
@@ -90,32 +90,18 @@ def batches(
         yield torch.tensor(tokens), torch.tensor(weights)
 
 
-def optimizers(model: Model, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan 2024; step size as AdamW's, Moonlight, arXiv 2502.16982) for the matrices every token passes, AdamW as
-    in the paper (3.1.2) for the rest. With AdamW alone, a run this short never learns to copy from the prompt."""
-    everyone = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("blocks.")}
-    hidden = [p for name, p in everyone.items() if not name.endswith(".router")]
-    known = {id(p) for p in hidden}
-    others = [p for p in model.parameters() if id(p) not in known]
-    groups = [
-        {"params": [p for p in others if p.dim() > 1], "weight_decay": recipe.decay},
-        {"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    return [
-        torch.optim.Muon(hidden, lr=recipe.rate, weight_decay=recipe.decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95), foreach=True),
-    ]
-
-
 def train(model: Model, source: Iterator[tuple[list[int], list[float]]], recipe: Recipe) -> Iterator[Progress]:
     """Trains in place, yielding after every step. Matrices decay; norms do not."""
     model.requires_grad_(True)
-    both = optimizers(model, recipe)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.95), foreach=True)
     started, seen = perf_counter(), 0
     layers = sum(model.config.is_moe(layer) for layer in range(model.config.num_hidden_layers))
     try:
         for step, (tokens, weights) in enumerate(batches(source, recipe)):
-            for group in (group for optimizer in both for group in optimizer.param_groups):
+            for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step)
             recorder = Recorder("moe.router_probs", "moe.experts")
             logits = model(tokens[:, :-1], probe=recorder)
@@ -125,11 +111,10 @@ def train(model: Model, source: Iterator[tuple[list[int], list[float]]], recipe:
             loss = (nats * weight).sum() / weight.sum()
             for term, strength in zip(terms, recipe.balance, strict=False):
                 loss = loss + strength * term
-            model.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            for optimizer in both:
-                optimizer.step()
+            optimizer.step()
             seen += targets.numel()
             said = weight == 1
             of_layer = [float(term.detach()) / layers for term in terms] or [math.nan] * 3

@@ -36,7 +36,7 @@ def train_pocket(
     if start is None:
         history, vocabulary = [], out.with_name(f"{out.name}-vocabulary")
         write(train_tokenizer(corpus(seed, CORPUS), config.vocab_size), vocabulary)
-        model = Model(config, Random(config, seed=seed, std=recipe.spread))
+        model = Model(config, Random(config, seed=seed))
     else:
         history, vocabulary = json.loads((start / RECORD).read_text(encoding="utf-8")), start
         model = open_model(start, dtype=torch.float32)
