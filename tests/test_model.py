@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 
+from workbench import ops
 from workbench.cache import LatentCache
 from workbench.checkpoint import Random, open_model
 from workbench.config import Config
@@ -50,6 +51,14 @@ def test_absorbed_is_expanded(name, cached, model, tokens, monkeypatch):
             whole += [bench(tokens[:, 100:150], cache), bench(tokens[:, 150:151], cache)]
         answers.append(torch.cat(whole, 1))
     assert far(*answers) <= TOLERANCE
+
+
+@pytest.mark.parametrize("scores", [1, 700, 5000])
+def test_attention_with_few_scores_at_once_is_attention(scores, monkeypatch):
+    query, key = torch.randn(2, 9, 3, 8), torch.randn(2, 40, 1, 8)
+    whole = ops.attend(query, key, key[..., :5], 0.3)
+    monkeypatch.setattr(ops, "SCORES", scores)
+    assert far(ops.attend(query, key, key[..., :5], 0.3), whole) <= 1e-6
 
 
 @pytest.mark.parametrize("preset", ["v2", "v2.5", "v2-lite"])

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from workbench.config import Config
 
 
+SCORES = 1 << 26  # attention scores held at once, in elements: a quarter of a gigabyte
+
+
 @cache
 def kernel(name: str) -> ModuleType | None:
     """The file in kernels/ for the op of that name, if there is one here and Triton can be imported."""
@@ -78,6 +81,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
 def _attend_shared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     batch, new, heads, _ = query.shape
+    past = key.shape[1] - new
+    few = max(1, SCORES // (batch * heads * key.shape[1]))
+    if new > few:
+        ends = [*range(few, new, few), new]
+        starts = [0, *ends[:-1]]
+        parts = [
+            _attend_shared(query[:, start:end], key[:, : past + end], value[:, : past + end], scale)
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        return torch.cat(parts, 1)
     scores = torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).float() * scale  # [B, T H, S]
     if new > 1:
         future = _future(new, key.shape[1], query.device).repeat_interleave(heads, 0)
