@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from workbench.config import Config
 
-
 SCORES = 1 << 26  # attention scores held at once, in elements: a quarter of a gigabyte
 
 
