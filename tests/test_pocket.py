@@ -72,7 +72,7 @@ def test_a_conversation_makes_sense(bench):
     [
         ("What is a mixture of experts?", "experts"),
         ("你好！", "你好"),
-        ("Bonjour !", "bonjour"),
+        ("Qui es-tu ?", "je suis"),
         ("What is MLA?", "latent"),
     ],
 )

@@ -24,7 +24,7 @@ HURRY = "pass" if POCKET else "panel.conversation.bench.engine.gate.seconds = 0.
 # so hot that pocket rambles on and there is something to stop
 SETUP = f"""import workbench as wb
 from browser.slow_bench import slow_bench
-panel = wb.chat({BENCH}, sampling=wb.Sampling(temperature=3.0, top_p=1.0, max_tokens=1800))
+panel = wb.chat({BENCH}, sampling=wb.Sampling(temperature=50.0, top_p=1.0, max_tokens=1800))
 panel"""
 CALM = f"panel.sampling = wb.Sampling(max_tokens=600, seed=1); panel.clear(); {HURRY}"
 

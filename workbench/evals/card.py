@@ -71,6 +71,7 @@ def _making(stages: list[dict]) -> str:
         f"{stage['seed']} --out stage{number}" + (f" --start stage{number - 1}" if number > 1 else "")
         for number, stage in enumerate(stages, 1)
     ]
+    notes = " ".join(stage["note"] for stage in stages if "note" in stage)
     return f"""## How it was made
 
 The text is the endless, seeded stream of `workbench.train.curriculum`: 40 % English, 30 % Chinese, 30 % French.
@@ -87,7 +88,7 @@ had saved.
 |---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 
-The time is that of a shared machine. Weights are stored in bf16.
+The time is that of a shared machine. Weights are stored in bf16. {notes}
 """
 
 
