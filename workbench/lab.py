@@ -11,6 +11,7 @@ from pathlib import Path
 from workbench.errors import RequestError
 
 FIRST = "00_start_here.ipynb"
+DEFAULTS = Path(__file__).parent / "jupyter"  # settings of JupyterLab that a user's own still override
 
 
 def notebooks(target: Path) -> Path:
@@ -43,11 +44,17 @@ def command(folder: Path, extra: list[str]) -> list[str]:
     return [sys.executable, "-m", "jupyterlab", *options, *extra]
 
 
+def environment() -> dict[str, str]:
+    """Ours, with our defaults: the question whether to fetch news would cover a corner of the first notebook."""
+    paths = [str(DEFAULTS), *filter(None, [os.environ.get("JUPYTER_CONFIG_PATH")])]
+    return os.environ | {"JUPYTER_CONFIG_PATH": os.pathsep.join(paths)}
+
+
 def serve(target: Path, extra: list[str]) -> int:
     """Runs until JupyterLab ends; its exit status."""
     if find_spec("jupyterlab") is None:
         raise RequestError("JupyterLab is not installed; make setup, or pip install -e '.[notebooks]'")
     try:
-        return subprocess.run(command(notebooks(target), extra)).returncode
+        return subprocess.run(command(notebooks(target), extra), env=environment()).returncode
     except KeyboardInterrupt:  # JupyterLab had it too, and has said goodbye
         return 0
