@@ -168,6 +168,7 @@ def _experts_grouped(x, ids, gates, gate_up, down):
     order = ids.flatten().argsort(stable=True)  # assignments sorted by expert: every expert sees one contiguous run
     ends = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
     token = order // ids.shape[1]
-    hidden = swiglu(F.grouped_mm(x[token], gate_up.mT, offs=ends))
-    weighted = F.grouped_mm(hidden, down.mT, offs=ends).float() * gates.flatten()[order, None]
+    hidden = swiglu(F.grouped_mm(x.index_select(0, token), gate_up.mT, offs=ends))
+    sorted_gates = gates.flatten().index_select(0, order)[:, None]
+    weighted = F.grouped_mm(hidden, down.mT, offs=ends).float() * sorted_gates
     return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, weighted).to(x.dtype)
