@@ -5,13 +5,29 @@ from functools import cache
 import pytest
 import torch
 from fake_bench import FakeBench
+from texts import TEXTS
 
 from workbench.checkpoint import open_model
+from workbench.tokenizer import Tokenizer
+from workbench.train.vocabulary import train_tokenizer, write
 
 
 @pytest.fixture
 def fake_bench():
     return FakeBench()
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory):
+    """The directory of a tokenizer of 600 tokens, trained on `texts`, with V2.5's special tokens. Only to be read."""
+    path = tmp_path_factory.mktemp("vocabulary")
+    write(train_tokenizer(TEXTS * 2, 600), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(vocabulary):
+    return Tokenizer(vocabulary)
 
 
 @pytest.fixture(scope="session")

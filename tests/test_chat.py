@@ -4,13 +4,12 @@ import json
 from itertools import pairwise
 
 import pytest
-from texts import TEXTS
 from transformers import AutoTokenizer
 
 from workbench.chat import Prompt, Style, detect, render
 from workbench.errors import CheckpointError, RequestError
 from workbench.tokenizer import Tokenizer
-from workbench.train.vocabulary import SPECIAL, train_tokenizer, write
+from workbench.train.vocabulary import SPECIAL
 
 # as published with V2-Chat, V2-Lite-Chat and Coder-V2-Instruct
 V2_CHAT = (
@@ -63,32 +62,19 @@ TOOLS = {
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("v2.5")
-    write(train_tokenizer(TEXTS * 2, 600), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(directory):
-    """With V2.5's special tokens."""
-    return Tokenizer(directory)
-
-
-@pytest.fixture(scope="module")
-def older(directory, tmp_path_factory):
+def older(vocabulary, tmp_path_factory):
     """As V2-Lite-Chat has it: BOS and EOS are the only special tokens."""
-    document = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    document = json.loads((vocabulary / "tokenizer.json").read_text(encoding="utf-8"))
     document["added_tokens"] = document["added_tokens"][:2]
     path = tmp_path_factory.mktemp("v2-chat")
     (path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
-    (path / "tokenizer_config.json").write_bytes((directory / "tokenizer_config.json").read_bytes())
+    (path / "tokenizer_config.json").write_bytes((vocabulary / "tokenizer_config.json").read_bytes())
     return Tokenizer(path)
 
 
-def by_template(messages, directory, template=None) -> list[int]:
+def by_template(messages, vocabulary, template=None) -> list[int]:
     """What transformers makes of it; a template wants a reply unless the last message is one."""
-    theirs = AutoTokenizer.from_pretrained(directory)
+    theirs = AutoTokenizer.from_pretrained(vocabulary)
     wants = messages[-1]["role"] != "assistant"
     text = theirs.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=wants)
     return theirs.encode(text, add_special_tokens=False)
@@ -121,14 +107,14 @@ def test_v2_chat_is_the_template_token_for_token(name, older):
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_v2_5_is_the_template_token_for_token(name, tokenizer, directory):
-    assert render(CONVERSATIONS[name], tokenizer).tokens == by_template(CONVERSATIONS[name], directory, V2_5)
+def test_v2_5_is_the_template_token_for_token(name, tokenizer, vocabulary):
+    assert render(CONVERSATIONS[name], tokenizer).tokens == by_template(CONVERSATIONS[name], vocabulary, V2_5)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS | TOOLS)
-def test_the_template_written_beside_the_tokenizer_says_the_same(name, tokenizer, directory):
+def test_the_template_written_beside_the_tokenizer_says_the_same(name, tokenizer, vocabulary):
     messages = (CONVERSATIONS | TOOLS)[name]
-    assert render(messages, tokenizer).tokens == by_template(messages, directory)
+    assert render(messages, tokenizer).tokens == by_template(messages, vocabulary)
 
 
 def test_the_style_is_read_off_the_tokenizer(tokenizer, older):

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from texts import TEXTS
 
 from workbench.chat import render
 from workbench.checkpoint import Random
@@ -14,18 +13,9 @@ from workbench.engine import CHUNK, Engine
 from workbench.errors import RequestError
 from workbench.model import Model
 from workbench.sampling import Sampling
-from workbench.tokenizer import Tokenizer
-from workbench.train.vocabulary import train_tokenizer, write
 
 HELLO = [{"role": "user", "content": "Hello, how are you?"}]
 GREEDY = Sampling(temperature=0, max_tokens=12)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write(train_tokenizer(TEXTS * 2, 600), folder)
-    return Tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

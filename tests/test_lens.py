@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from texts import TEXTS
 
 from workbench.chat import render
 from workbench.config import Config
@@ -14,17 +13,8 @@ from workbench.lens.sampling import along, next_token, rivals, surprise, tempera
 from workbench.lens.shapes import shapes
 from workbench.lens.tokens import cut, density, pieces, runs
 from workbench.sampling import Alternative, Choice, Sampling
-from workbench.tokenizer import Tokenizer
-from workbench.train.vocabulary import train_tokenizer, write
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write(train_tokenizer(TEXTS * 2, 600), folder)
-    return Tokenizer(folder)
 
 
 @pytest.mark.parametrize("text", ["Two experts, 42 tokens.", "你好 🦊", " a\n\tb "])

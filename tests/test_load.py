@@ -6,23 +6,20 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from texts import TEXTS
 
 import workbench as wb
 from workbench.checkpoint import Random, save
 from workbench.config import Config
 from workbench.model import Model
-from workbench.train.vocabulary import train_tokenizer, write
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, vocabulary):
     """A tiny checkpoint in bf16 with a tokenizer."""
     path = tmp_path_factory.mktemp("load")
-    write(train_tokenizer(TEXTS * 2, 600), path / "words")
     shape = Config.preset("pocket").to_dict() | {"vocab_size": 600, "num_hidden_layers": 2, "hidden_size": 32}
     config = Config.from_json(shape | {"bos_token_id": 582, "eos_token_id": 583})
-    save(Model(config, Random(config)), path / "tiny", files_from=path / "words", dtype=torch.bfloat16)
+    save(Model(config, Random(config)), path / "tiny", files_from=vocabulary, dtype=torch.bfloat16)
     return path / "tiny"
 
 

@@ -3,23 +3,18 @@
 from dataclasses import replace
 
 import pytest
-from texts import TEXTS
 
 from workbench.benchmarks.reading import growth, reading
 from workbench.checkpoint import Random
 from workbench.config import Config
 from workbench.model import Model
-from workbench.tokenizer import Tokenizer
-from workbench.train.vocabulary import train_tokenizer, write
 from workbench.workbench import Workbench
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
-    write(train_tokenizer(TEXTS * 2, 600), folder)
+def bench(tokenizer, vocabulary):
     config = replace(Config.preset("pocket"), vocab_size=600, hidden_size=48, num_hidden_layers=2)
-    return Workbench(Model(config, Random(config)), Tokenizer(folder), folder, "small", "fp32")
+    return Workbench(Model(config, Random(config)), tokenizer, vocabulary, "small", "fp32")
 
 
 def test_every_way_of_reading_reads_the_same_tokens(bench, monkeypatch):

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from workbench.errors import CheckpointError, RequestError
 from workbench.tokenizer import BOS, EOS, Tokenizer
-from workbench.train.vocabulary import SPECIAL, train_tokenizer, write
+from workbench.train.vocabulary import SPECIAL, train_tokenizer
 
 SPECIMENS = [
     "Hello world",
@@ -26,21 +26,9 @@ SPECIMENS = [
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    path = tmp_path_factory.mktemp("vocabulary")
-    write(train_tokenizer(TEXTS * 2, 600), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(directory):
-    return Tokenizer(directory)
-
-
-@pytest.fixture(scope="module")
-def published(directory, tmp_path_factory):
+def published(vocabulary, tmp_path_factory):
     """As in the published files: FIM tokens not marked special, and an ordinary added token "é" among the others."""
-    document = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    document = json.loads((vocabulary / "tokenizer.json").read_text(encoding="utf-8"))
     for token in document["added_tokens"]:
         if "fim" in token["content"] or token["content"] in ("<|EOT|>", "<｜User｜>"):
             token |= {"special": False, "normalized": True}
@@ -86,8 +74,8 @@ def test_a_text_too_poor_for_the_vocabulary_is_refused():
 
 
 @pytest.mark.parametrize("text", SPECIMENS)
-def test_transformers_loads_the_same_tokenizer(text, directory, tokenizer):
-    theirs = AutoTokenizer.from_pretrained(directory)
+def test_transformers_loads_the_same_tokenizer(text, vocabulary, tokenizer):
+    theirs = AutoTokenizer.from_pretrained(vocabulary)
     tokens = tokenizer.encode(text)
     assert theirs.encode(text, add_special_tokens=False) == tokens
     assert theirs.encode(text) == [tokenizer.bos, *tokens]
@@ -164,8 +152,8 @@ def test_streaming_gives_the_same_text_as_decoding_at_once(tokenizer):
             assert streamed == tokenizer.decode(tokens, special)
 
 
-def test_random_tokens_decode_as_the_library_does(directory, tokenizer):
-    theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+def test_random_tokens_decode_as_the_library_does(vocabulary, tokenizer):
+    theirs = tokenizers.Tokenizer.from_file(str(vocabulary / "tokenizer.json"))
     rng = random.Random(5)
     for _ in range(500):
         tokens = [rng.randrange(610) for _ in range(20)]
@@ -218,8 +206,8 @@ def test_a_piece_shows_incomplete_bytes_by_number(tokenizer):
 # Files
 
 
-def test_bos_and_eos_come_from_the_config_beside_the_file(directory, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+def test_bos_and_eos_come_from_the_config_beside_the_file(vocabulary, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((vocabulary / "tokenizer.json").read_bytes())
     (tmp_path / "config.json").write_text('{"bos_token_id": 5, "eos_token_id": [6, 7]}')
     assert (Tokenizer(tmp_path).bos, Tokenizer(tmp_path).eos) == (5, 6)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<|EOT|>"}, "eos_token": EOS}))
@@ -234,8 +222,8 @@ def test_a_corrupt_file_is_named_with_what_to_do(content, tmp_path):
         Tokenizer(tmp_path)
 
 
-def test_a_truncated_file_is_refused(directory, tmp_path):
-    content = (directory / "tokenizer.json").read_bytes()
+def test_a_truncated_file_is_refused(vocabulary, tmp_path):
+    content = (vocabulary / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer.json").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="Copy the file"):
         Tokenizer(tmp_path)
@@ -246,8 +234,8 @@ def test_a_missing_file_is_refused(tmp_path):
         Tokenizer(tmp_path)
 
 
-def test_a_corrupt_tokenizer_config_is_refused(directory, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+def test_a_corrupt_tokenizer_config_is_refused(vocabulary, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((vocabulary / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not valid JSON"):
         Tokenizer(tmp_path)

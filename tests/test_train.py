@@ -6,7 +6,6 @@ from itertools import islice
 
 import pytest
 import torch
-from texts import TEXTS
 
 from workbench.checkpoint import Random, open_model
 from workbench.config import Config
@@ -17,19 +16,11 @@ from workbench.tokenizer import Tokenizer
 from workbench.train.balance import losses
 from workbench.train.loop import Recipe, batches, rows, train
 from workbench.train.pocket import keep, stage, train_pocket
-from workbench.train.vocabulary import train_tokenizer, write
 
 TALK = [
     [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Bonjour !"}],
     [{"role": "user", "content": "12 + 30"}, {"role": "assistant", "content": "12 + 30 = 42."}],
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write(train_tokenizer(TEXTS * 2, 600), folder)
-    return Tokenizer(folder)
 
 
 @pytest.fixture

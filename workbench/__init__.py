@@ -19,7 +19,7 @@ _HOME = {
     "Sampling": "workbench.sampling:Sampling",
     "Workbench": "workbench.workbench:Workbench",
     "WorkbenchError": "workbench.errors:WorkbenchError",
-    "chat": "workbench.widgets.chat:ChatPanel",
+    "chat": "workbench.widgets.chat:chat",
     "load": "workbench.workbench:load",
 }
 

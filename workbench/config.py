@@ -83,6 +83,11 @@ class Config:
         """Elements cached per token and layer: the compressed latent and the shared rotary key (576 in V2)."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
+    @property
+    def mha_width(self) -> int:
+        """Elements per token and layer that multi-head attention with these heads would cache: 2 n_h d_h (table 1)."""
+        return 2 * self.num_attention_heads * self.v_head_dim
+
     def is_moe(self, layer: int) -> bool:
         return bool(self.n_routed_experts) and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 

@@ -209,24 +209,15 @@ class Engine:
         try:
             cache.truncate(kept)
             reply.stats.reused_tokens = kept
-            logits = None
-            for start in range(kept, prompt, CHUNK):
-                if stop.is_set():
-                    break
+            logits = self._prefill(reply, kept, cache, stop)
+            started = perf_counter()
+            while logits is not None and not stop.is_set():
+                step = reply.next(logits[0], started, cache.nbytes)
+                yield step
+                if step.finish:
+                    return
                 started = perf_counter()
-                chunk = reply.tokens[start : start + CHUNK]
-                logits = self._forward([chunk], cache)
-                reply.stats.prefilled_tokens += len(chunk)
-                reply.stats.prefill_seconds += perf_counter() - started
-            else:
-                started = perf_counter()
-                while not stop.is_set():
-                    step = reply.next(logits[0], started, cache.nbytes)
-                    yield step
-                    if step.finish:
-                        return
-                    started = perf_counter()
-                    logits = self._forward([[step.token]], cache)
+                logits = self._forward([[step.token]], cache)
             reply.stats.finish, reply.stats.tail = "stopped", reply.rest()
         finally:
             self._held = (reply.tokens[: cache.lengths[0]], cache)
@@ -269,16 +260,11 @@ class Engine:
                 if steps[number][-1].finish:
                     cache.truncate(0, slot)
                     del running[slot]
-        return [_completion(reply, taken) for reply, taken in zip(replies, steps, strict=True)]
+        return [_completion(taken, reply.stats) for reply, taken in zip(replies, steps, strict=True)]
 
     def _begin(self, reply: Reply, steps: list[Step], cache: LatentCache) -> bool:
         """Reads one prompt into a slot and takes its first token; False if that was also its last."""
-        for start in range(0, len(reply.tokens), CHUNK):
-            started = perf_counter()
-            chunk = reply.tokens[start : start + CHUNK]
-            logits = self._forward([chunk], cache)
-            reply.stats.prefilled_tokens += len(chunk)
-            reply.stats.prefill_seconds += perf_counter() - started
+        logits = self._prefill(reply, 0, cache, stop=threading.Event())
         steps.append(reply.next(logits[0], perf_counter(), cache.nbytes))
         if steps[-1].finish:
             cache.truncate(0)
@@ -287,10 +273,20 @@ class Engine:
     def generate(self, prompt: Request, sampling: Sampling | None = None, **options) -> Completion:
         """`stream` to its end; takes the same options."""
         stream = self.stream(prompt, sampling, **options)
-        steps = list(stream)
-        tokens = [step.token for step in steps if step.finish != "eos"]
-        text = "".join(step.text for step in steps) + stream.stats.tail
-        return Completion(len(stream.prompt.tokens), tokens, text, steps, stream.stats)
+        return _completion(list(stream), stream.stats)
+
+    def _prefill(self, reply: Reply, start: int, cache: LatentCache, stop: threading.Event) -> torch.Tensor | None:
+        """Reads the prompt from `start`, in chunks: logits after its last token, or None if a stop came between."""
+        logits = None
+        for at in range(start, len(reply.tokens), CHUNK):
+            if stop.is_set():
+                return None
+            started = perf_counter()
+            chunk = reply.tokens[at : at + CHUNK]
+            logits = self._forward([chunk], cache)
+            reply.stats.prefilled_tokens += len(chunk)
+            reply.stats.prefill_seconds += perf_counter() - started
+        return logits
 
     @torch.inference_mode()
     def _forward(self, tokens: list[list[int]], cache: LatentCache) -> torch.Tensor:
@@ -298,9 +294,10 @@ class Engine:
         return self.model(torch.tensor(tokens), cache, logits="last")[:, -1]
 
 
-def _completion(reply: Reply, steps: list[Step]) -> Completion:
+def _completion(steps: list[Step], stats: Stats) -> Completion:
     tokens = [step.token for step in steps if step.finish != "eos"]
-    return Completion(reply.stats.prompt_tokens, tokens, "".join(step.text for step in steps), steps, reply.stats)
+    text = "".join(step.text for step in steps) + stats.tail
+    return Completion(stats.prompt_tokens, tokens, text, steps, stats)
 
 
 def _shared(a: list[int], b: list[int]) -> int:

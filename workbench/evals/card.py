@@ -41,7 +41,7 @@ def card(config: Config, stages: list[dict], report: Report) -> str:
 def _shape(config: Config) -> str:
     total, active = config.parameters()
     elements = config.latent_width * config.num_hidden_layers
-    keys_and_values = 2 * config.num_attention_heads * config.v_head_dim * config.num_hidden_layers
+    keys_and_values = config.mha_width * config.num_hidden_layers
     return f"""## Shape
 
 | | |

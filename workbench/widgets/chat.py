@@ -273,11 +273,8 @@ def chat(bench: Workbench, system: str | None = None, sampling: Sampling | None 
 
 
 def cache_factor(config: Config) -> float:
-    """How much more multi-head attention with the same heads would cache: a key and a value per head, not one latent.
-
-    2 n_h d_h elements per token and layer (DeepSeek-V2, table 1), with d_h the width of a value head.
-    """
-    return 2 * config.num_attention_heads * config.v_head_dim / config.latent_width
+    """How many times as much multi-head attention with the same heads would cache."""
+    return config.mha_width / config.latent_width
 
 
 def _cell() -> tuple[str, str] | None:
