@@ -26,7 +26,7 @@ FLOORS = {
     4: ["model"],
     3: ["experts"],
     2: ["ops", "lens"],
-    1: ["cache", "rope", "sampling", "tokenizer", "trace", "meter", "machine"],
+    1: ["cache", "rope", "sampling", "tokenizer", "trace", "tracefile", "meter", "machine"],
     0: ["errors", "config", "probe", "formats"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -13,7 +13,7 @@ import pytest
 
 from workbench import lab
 from workbench.__main__ import main
-from workbench.engine import Stats
+from workbench.reply import Stats
 from workbench.errors import RequestError
 from workbench.sampling import Sampling
 from workbench.terminal import Terminal

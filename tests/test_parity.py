@@ -12,7 +12,7 @@ from checkpoints import ALONE, CASES, ORACLE
 from workbench import ops
 from workbench.checkpoint import open_model, save
 from workbench.config import Config
-from workbench.probe import Recorder
+from workbench.recorder import Recorder
 
 TOLERANCE = 1e-4
 LENGTH = 128  # four times the original context of the fixtures
@@ -107,7 +107,7 @@ def test_group_limited_and_plain_selection_differ_and_the_model_takes_the_groups
         plain = reference.route(routing.scores, config | {"topk_method": "greedy"})
         differs = (routing.ids.sort(-1).values != plain.ids.sort(-1).values).any(-1)
         assert differs.double().mean() >= 0.2
-        ids, gates = recorder.seen["moe.experts", layer][0], recorder.seen["moe.gates", layer][0]
+        ids, gates = recorder["moe.experts", layer][0], recorder["moe.gates", layer][0]
         assert torch.equal(ids, routing.ids)
         assert difference(gates, routing.gates) <= 1e-4
 
@@ -162,7 +162,7 @@ def test_experts_are_chosen_in_fp32_by_a_bf16_model(checkpoint, tokens):
     recorder = Recorder("moe.router_logits", "moe.router_probs", "moe.gates")
     with torch.no_grad():
         open_model(checkpoint("v2").path, dtype=torch.bfloat16)(torch.tensor([tokens]), probe=recorder)
-    for seen in recorder.seen.values():
+    for seen in [recorder[site, layer] for site in recorder.sites for layer in recorder.layers_of(site)]:
         assert seen.dtype == torch.float32
         assert (seen != seen.bfloat16()).double().mean() > 0.9  # not rounded on the way
 

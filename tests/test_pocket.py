@@ -8,7 +8,7 @@ import torch
 
 import workbench as wb
 from workbench.evals.exam import examine, questions
-from workbench.probe import Recorder
+from workbench.recorder import Recorder
 from workbench.workbench import POCKET
 
 
@@ -87,8 +87,9 @@ def test_no_expert_is_dead(bench):
     with torch.inference_mode():
         for prompt in prompts:
             bench.model(torch.tensor([[bench.tokenizer.bos, *bench.tokenizer.encode(prompt)]]), probe=recorder)
-            for (_, layer), ids in recorder.seen.items():
-                used.setdefault(layer, set()).update(ids.flatten().tolist())
+            for layer in recorder.layers_of("moe.experts"):
+                used.setdefault(layer, set()).update(recorder["moe.experts", layer].flatten().tolist())
+            recorder.clear()
     assert {layer: len(experts) for layer, experts in used.items()} == dict.fromkeys(range(1, 6), 32)
 
 

@@ -11,7 +11,7 @@ from workbench.checkpoint import Random, open_model
 from workbench.config import Config
 from workbench.errors import RequestError
 from workbench.model import Model
-from workbench.probe import Recorder
+from workbench.recorder import Recorder
 from workbench.tokenizer import Tokenizer
 from workbench.train.balance import losses
 from workbench.train.loop import Recipe, batches, rows, train
@@ -50,7 +50,7 @@ def test_the_balance_losses_are_equations_23_to_31():
     probs = torch.rand(2, 5, 6).softmax(-1).double()
     ids = torch.stack([torch.randperm(6)[:2] for _ in range(10)]).view(2, 5, 2)
     recorder = Recorder("moe.router_probs", "moe.experts")
-    recorder.seen = {("moe.router_probs", 1): probs, ("moe.experts", 1): ids}
+    recorder._keep({("moe.router_probs", 1): probs, ("moe.experts", 1): ids})
     expected = torch.zeros(3, dtype=torch.float64)
     for b in range(2):
         f = [6 / (2 * 5) * sum(i in ids[b, t] for t in range(5)) for i in range(6)]

@@ -3,6 +3,7 @@
 A checkpoint is a directory with config.json and either model.safetensors or shards with an index.
 """
 
+import hashlib
 import json
 import re
 import secrets
@@ -168,6 +169,18 @@ def save(
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def fingerprint(model: Model) -> str:
+    """Tells one set of weights from another: a hash over config, names, shapes, and 16 numbers of every tensor."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "torch_dtype"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(model.tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        chosen = flat[:: max(1, flat.numel() // 16)][:16]
+        digest.update(chosen.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def resolve(name: str | Path) -> Path:

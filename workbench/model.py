@@ -14,7 +14,7 @@ from workbench.cache import LatentCache
 from workbench.config import Config
 from workbench.errors import CheckpointError, RequestError
 from workbench.experts import Bank, Resident
-from workbench.probe import OFF, Probe
+from workbench.probe import OFF, Probe, read
 from workbench.rope import Rope, rotate, softmax_scale
 
 
@@ -85,15 +85,19 @@ class Attention(nn.Module):
             query = ops.linear(query, self.q_up)
         query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))  # [B, T, H, N + R]
         content, position = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
+        content = probe("attn.q_content", content)
         latent, k_rope = compressed.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
         turned = rotate(torch.cat([position, k_rope[:, :, None]], 2), rotations[:, :, None])
-        position, k_rope = turned[:, :, :-1], probe("attn.k_rope", turned[:, :, -1])
+        position, k_rope = probe("attn.q_rope", turned[:, :, :-1]), probe("attn.k_rope", turned[:, :, -1])
         latent = probe("attn.kv_latent", ops.rms_norm(latent, self.kv_norm, eps))
         rows = torch.cat([latent, k_rope], -1)  # [B, T, W]
-        if cache is None:
+        if cache is not None:
+            cache.append(self.layer, rows)
+        if probe.opens("attend"):
+            z = self.opened(content, position, rows, cache, probe)
+        elif cache is None:
             z = self.read(content, position, rows)
         else:
-            cache.append(self.layer, rows)
             each = [
                 self.read(content[b : b + 1], position[b : b + 1], cache.rows(self.layer, b, x.dtype)[None])
                 for b in range(cache.batch)
@@ -119,13 +123,29 @@ class Attention(nn.Module):
 
     def expanded(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Keys and values of every head rebuilt from the rows, for this call only."""
-        latent, k_rope = rows.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
-        both = ops.linear(latent, self.kv_up).unflatten(-1, (self.config.num_attention_heads, -1))
-        key, value = both.split(
-            [self.config.qk_nope_head_dim, self.config.v_head_dim], -1
-        )  # [B, S, H, N], [B, S, H, V]
+        key, k_rope, value = self.rebuilt(rows)
         key = torch.cat([key, k_rope[:, :, None].expand(-1, -1, key.shape[2], -1)], -1)
         return ops.attend(torch.cat([content, position], -1), key, value, self.scale)
+
+    def rebuilt(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What rows [B, S, W] stand for: keys [B, S, H, N], the rotary key they share [B, S, R], values [B, S, H, V]."""
+        latent, k_rope = rows.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        both = ops.linear(latent, self.kv_up).unflatten(-1, (self.config.num_attention_heads, -1))
+        key, value = both.split([self.config.qk_nope_head_dim, self.config.v_head_dim], -1)
+        return key, k_rope, value
+
+    def opened(
+        self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor, cache: LatentCache | None, probe: Probe
+    ) -> torch.Tensor:
+        """With keys, scores and pattern of every head laid out for a probe, whichever form would be cheaper."""
+        ends = [rows.shape[1]] * rows.shape[0]
+        if cache is not None:
+            each = [cache.rows(self.layer, b, rows.dtype) for b in range(cache.batch)]
+            ends = [len(one) for one in each]
+            rows = nn.utils.rnn.pad_sequence(each, batch_first=True)
+        key, k_rope, value = self.rebuilt(rows)
+        where = torch.tensor(ends, device=rows.device)
+        return ops.attend_open(content, position, key, k_rope, value, self.scale, where, probe)
 
 
 def _rows_of(config: Config) -> tuple[int, int, int]:
@@ -175,14 +195,29 @@ class Mixture(nn.Module):
 
     def forward(self, x: torch.Tensor, probe: Probe = OFF) -> torch.Tensor:
         shape = x.shape[:-1]
-        logits = probe("moe.router_logits", ops.router_logits(x, self.router))
-        _, probs, ids, gates = ops.route(logits, self.config)
-        probe("moe.router_probs", probs)
-        ids, gates = probe("moe.experts", ids), probe("moe.gates", gates)
+        ids, gates = self.choose(x, probe)
         flat, ids, gates = x.flatten(0, -2), ids.flatten(0, -2), gates.flatten(0, -2)
-        routed = sum(ops.experts(flat, slots, gates, *bank) for bank, slots in self.store.waves(self.layer, ids))
+        if probe.opens("experts"):
+            outputs = sum(ops.expert_outputs(flat, slots, *bank) for bank, slots in self.store.waves(self.layer, ids))
+            routed = ops.weigh_outputs(
+                probe("moe.expert_out", outputs.view(*shape, *outputs.shape[1:])).flatten(0, -3), gates
+            )
+        else:
+            routed = sum(ops.experts(flat, slots, gates, *bank) for bank, slots in self.store.waves(self.layer, ids))
         routed = probe("moe.routed_out", routed.view(*shape, -1))
         return routed if self.shared is None else routed + probe("moe.shared_out", self.shared(x))
+
+    def choose(self, x: torch.Tensor, probe: Probe) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and gates [..., K] of the experts for x [..., D]."""
+        logits = probe("moe.router_logits", ops.router_logits(x, self.router))
+        if probe.opens("route"):
+            _, ids, gates, _ = ops.route_open(logits, self.config, probe)
+            return ids, gates
+        probs, ids, gates, scores = ops.route(logits, self.config)
+        read(probe, "moe.router_probs", probs)
+        read(probe, "moe.experts", ids)
+        read(probe, "moe.scores", scores)
+        return ids, probe("moe.gates", gates)
 
 
 class Block(nn.Module):
@@ -205,9 +240,11 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         probe = probe.at(self.layer)
         x = probe("resid.pre", x)
-        attended = self.attention(ops.rms_norm(x, self.attention_norm, self.eps), rotations, cache, probe)
+        attended = self.attention(
+            probe("attn.in", ops.rms_norm(x, self.attention_norm, self.eps)), rotations, cache, probe
+        )
         x = probe("resid.mid", x + probe("attn.out", attended))
-        fed = self.mlp(ops.rms_norm(x, self.mlp_norm, self.eps), probe)
+        fed = self.mlp(probe("mlp.in", ops.rms_norm(x, self.mlp_norm, self.eps)), probe)
         return probe("resid.post", x + probe("mlp.out", fed))
 
 
@@ -250,15 +287,23 @@ class Model(nn.Module):
             cache.reserve(new)
             positions = positions + torch.tensor(cache.lengths)[:, None]
         rotations = self.rope.at(positions.to(self.device))  # [B, T, R/2]
-        x = nn.functional.embedding(tokens.to(self.device), self.embedding)
+        probe = probe.begin(self.config, positions.expand(tokens.shape), self.dtype)
+        x = probe("embed", nn.functional.embedding(tokens.to(self.device), self.embedding))
         for block in self.blocks:
             x = block(x, rotations, cache, probe)
         if cache is not None:
             cache.advance(new)
         if logits == "last":
             x = x[:, -1:]
-        x = ops.rms_norm(x, self.norm, self.config.rms_norm_eps)
-        return probe("logits", ops.linear(x, self.head).float())
+        x = probe("final.norm", ops.rms_norm(x, self.norm, self.config.rms_norm_eps))
+        x = probe("logits", ops.linear(x, self.head).float())
+        probe.end()
+        return x
+
+    def unembed(self, x: torch.Tensor) -> torch.Tensor:
+        """The last norm and the head: a residual stream [..., D] as fp32 logits [..., vocab], as a logit lens wants."""
+        x = ops.rms_norm(x.to(self.device, self.dtype), self.norm, self.config.rms_norm_eps)
+        return ops.linear(x, self.head).float()
 
     def _check(self, tokens: torch.Tensor, cache: LatentCache | None) -> None:
         config = self.config

@@ -1,7 +1,7 @@
 """The operations of the model. Each body here is the definition; a file in kernels/ may answer the same call faster.
 
 N tokens, B batch, T new tokens, S tokens so far, H heads, D hidden, W key width, V value width, E experts, K chosen,
-G groups, I expert width.
+G groups, I expert width. What ends in `_open` is the same operation with its inside laid out for a probe (see probe.py).
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.config import Config
+from workbench.probe import Probe, read
 
 SCORES = 1 << 26  # attention scores held at once, in elements: a quarter of a gigabyte
 
@@ -114,11 +115,41 @@ def _future(new: int, length: int, device: torch.device) -> torch.Tensor:
     return torch.ones(new, length, dtype=torch.bool, device=device).triu(length - new + 1)
 
 
+def attend_open(
+    content: torch.Tensor,
+    position: torch.Tensor,
+    key: torch.Tensor,
+    k_rope: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    ends: torch.Tensor,
+    probe: Probe,
+) -> torch.Tensor:
+    """`attend` of every head in fp32, step by step, each step a site that a probe may see and change.
+
+    content [B, T, H, N], position [B, T, H, R]; key [B, S, H, N], k_rope [B, S, R], value [B, S, H, V]; ends [B]: the
+    length of each sequence, whose last T positions ask -> [B, T, H, V]. It holds some T x S numbers a head.
+    """
+    key, value = probe("attn.k_content", key), probe("attn.v", value)
+    by_content = torch.einsum("bthn,bshn->bhts", content.float(), key.float()) * scale
+    by_position = torch.einsum("bthr,bsr->bhts", position.float(), k_rope.float()) * scale
+    by_content, by_position = probe("attn.scores_content", by_content), probe("attn.scores_position", by_position)
+    scores = probe("attn.scores", by_content + by_position)
+    new, length = scores.shape[-2:]
+    last = ends[:, None] - new + torch.arange(new, device=ends.device)  # [B, T]: the last position each token sees
+    future = torch.arange(length, device=ends.device) > last[..., None]
+    pattern = scores.masked_fill(future[:, None], float("-inf")).softmax(-1)
+    pattern = probe("attn.pattern", pattern)
+    return torch.einsum("bhts,bshv->bthv", pattern, value.float()).to(content.dtype)
+
+
 class Routing(NamedTuple):
-    logits: torch.Tensor  # [N, E] fp32
+    """Any leading dimensions in place of N."""
+
     probs: torch.Tensor  # [N, E] fp32, softmax over all experts
     ids: torch.Tensor  # [N, K] int64, strongest first
     gates: torch.Tensor  # [N, K] fp32
+    scores: torch.Tensor  # [N, K + 1] fp32, probs of the chosen, then of the best expert that was not chosen
 
 
 def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -128,19 +159,52 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def route(logits: torch.Tensor, config: Config) -> Routing:
     """Chooses experts and weighs them (paper, eq. 21-22 and 2.2.2; group score = its best expert)."""
-    probs = logits.softmax(-1)
+    probs, chosen = logits.softmax(-1), config.num_experts_per_tok
     allowed = probs
     if config.topk_method == "group_limited_greedy":
-        grouped = probs.unflatten(-1, (config.n_group, -1))  # [N, G, E/G]
-        kept = grouped.amax(-1).topk(config.topk_group, -1).indices
-        mask = torch.zeros_like(grouped[..., 0]).scatter(-1, kept, 1.0)
-        allowed = (grouped * mask[..., None]).flatten(-2)
-    gates, ids = allowed.topk(config.num_experts_per_tok, -1)
-    if config.norm_topk_prob and config.num_experts_per_tok > 1:
-        gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-    else:
-        gates = gates * config.routed_scaling_factor
-    return Routing(logits, probs, ids, gates)
+        allowed = _among(probs, groups_kept(probs, config))
+    scores, ids = allowed.topk(min(chosen + 1, probs.shape[-1]), -1)
+    if scores.shape[-1] == chosen:  # every expert is chosen, so there is no other
+        scores = F.pad(scores, (0, 1))
+    return Routing(probs, ids[..., :chosen], _weighed(scores[..., :chosen], config), scores)
+
+
+def route_open(logits: torch.Tensor, config: Config, probe: Probe) -> Routing:
+    """The same step by step, each step a site that a probe may see and change; what is chosen may be changed too."""
+    probs = probe("moe.router_probs", logits.softmax(-1))
+    allowed = _among(probs, probe("moe.groups", groups_kept(probs, config)))
+    ids = probe.select(allowed.topk(config.num_experts_per_tok, -1).indices, allowed)
+    read(probe, "moe.experts", ids)
+    used, slots = ids >= 0, ids.clamp(min=0)
+    others = allowed.scatter(-1, slots, torch.where(used, float("-inf"), allowed.gather(-1, slots)))
+    best = others.amax(-1, keepdim=True).clamp(min=0)
+    chosen = probs.gather(-1, slots) * used
+    scores = torch.cat([chosen, best], -1)
+    read(probe, "moe.scores", scores)
+    gates = probe("moe.gates", _weighed(chosen, config, used.sum(-1, keepdim=True)))
+    return Routing(probs, slots, gates, scores)
+
+
+def groups_kept(probs: torch.Tensor, config: Config) -> torch.Tensor:
+    """[N, E] to [N, G]: 1 for the topk_group groups whose best expert is best, 0 for the others (paper, 2.2.2)."""
+    if config.topk_method == "greedy":
+        return torch.ones_like(probs[..., :1])
+    best = probs.unflatten(-1, (config.n_group, -1)).amax(-1)
+    return torch.zeros_like(best).scatter(-1, best.topk(config.topk_group, -1).indices, 1.0)
+
+
+def _among(probs: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    return (probs.unflatten(-1, (groups.shape[-1], -1)) * groups[..., None]).flatten(-2)
+
+
+def _weighed(chosen: torch.Tensor, config: Config, used: torch.Tensor | int = 0) -> torch.Tensor:
+    """Gates from the probabilities of the chosen [N, K]; `used` slots of each token, if an edit left some empty."""
+    if not config.norm_topk_prob:
+        return chosen * config.routed_scaling_factor
+    normed = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+    if isinstance(used, int):
+        return normed if chosen.shape[-1] > 1 else chosen * config.routed_scaling_factor
+    return torch.where(used > 1, normed, chosen * config.routed_scaling_factor)
 
 
 def experts(
@@ -151,24 +215,38 @@ def experts(
     x [N, D]; ids, gates [N, K]; gate_up [E, 2 I, D]; down [E, D, I] -> [N, D] in x's type.
     """
     if x.shape[0] == 1 and not torch.is_grad_enabled():
-        return _experts_of_one(x, ids[0], gates[0], gate_up, down)
+        return (gates[0] @ _outputs_of_one(x[0], ids[0], gate_up, down).float()).to(x.dtype)[None]
     return _experts_grouped(x, ids, gates, gate_up, down)
 
 
-def _experts_of_one(x, ids, gates, gate_up, down):
+def expert_outputs(x: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """What `experts` sums, before the gates: [N, K, D] in x's type."""
+    if x.shape[0] == 1 and not torch.is_grad_enabled():
+        return _outputs_of_one(x[0], ids[0], gate_up, down)[None]
+    order, _, outputs = _outputs_grouped(x, ids, gate_up, down)
+    return torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, ids.shape)
+
+
+def weigh_outputs(outputs: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """[N, K, D] and [N, K] to [N, D], accumulated in fp32."""
+    return (outputs.float() * gates[..., None]).sum(-2).to(outputs.dtype)
+
+
+def _outputs_of_one(token, ids, gate_up, down):
     chosen = ids.tolist()
-    token = x[0]
-    hidden = torch.stack([torch.mv(gate_up[expert], token) for expert in chosen])  # [K, 2 I]
-    hidden = swiglu(hidden)
-    outs = torch.stack([torch.mv(down[expert], h) for expert, h in zip(chosen, hidden, strict=True)])  # [K, D]
-    return (gates @ outs.float()).to(x.dtype)[None]
+    hidden = swiglu(torch.stack([torch.mv(gate_up[expert], token) for expert in chosen]))  # [K, I]
+    return torch.stack([torch.mv(down[expert], h) for expert, h in zip(chosen, hidden, strict=True)])  # [K, D]
 
 
-def _experts_grouped(x, ids, gates, gate_up, down):
+def _outputs_grouped(x, ids, gate_up, down):
     order = ids.flatten().argsort(stable=True)  # assignments sorted by expert: every expert sees one contiguous run
     ends = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
     token = order // ids.shape[1]
     hidden = swiglu(F.grouped_mm(x.index_select(0, token), gate_up.mT, offs=ends))
-    sorted_gates = gates.flatten().index_select(0, order)[:, None]
-    weighted = F.grouped_mm(hidden, down.mT, offs=ends).float() * sorted_gates
+    return order, token, F.grouped_mm(hidden, down.mT, offs=ends)
+
+
+def _experts_grouped(x, ids, gates, gate_up, down):
+    order, token, outputs = _outputs_grouped(x, ids, gate_up, down)
+    weighted = outputs.float() * gates.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, weighted).to(x.dtype)

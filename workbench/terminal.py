@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from workbench.engine import Stats
 from workbench.errors import WorkbenchError
+from workbench.reply import Stats
 from workbench.sampling import Sampling
 from workbench.workbench import Workbench
 

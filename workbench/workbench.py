@@ -16,6 +16,7 @@ from workbench.formats import cache_format
 from workbench.model import Model
 from workbench.sampling import Sampling
 from workbench.tokenizer import Tokenizer
+from workbench.trace import Trace
 
 POCKET = Path(__file__).parent / "pocket"
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -26,7 +27,7 @@ class Workbench:
 
     def __init__(self, model: Model, tokenizer: Tokenizer, path: Path, name: str, cache: str):
         self.model, self.tokenizer, self.path, self.name = model, tokenizer, path, name
-        self.engine = Engine(model, tokenizer, cache)
+        self.engine = Engine(model, tokenizer, cache, name)
 
     @property
     def config(self) -> Config:
@@ -51,9 +52,32 @@ class Workbench:
         """One whole answer; see Engine.generate."""
         return self.engine.generate(prompt, sampling, **options)
 
-    def batch(self, prompts: Sequence, sampling: Sampling | None = None, slots: int = 8) -> list[Completion]:
+    def batch(self, prompts: Sequence, sampling: Sampling | None = None, slots: int = 8, **options) -> list[Completion]:
         """Answers to many prompts; see Engine.batch."""
-        return self.engine.batch(prompts, sampling, slots)
+        return self.engine.batch(prompts, sampling, slots, **options)
+
+    def trace(
+        self,
+        prompts: Sequence,
+        sampling: Sampling | None = None,
+        *,
+        labels: Sequence[str] | None = None,
+        slots: int = 8,
+        **options,
+    ) -> Trace:
+        """Answers to many prompts as one Trace, a sequence each; `labels` say what each is (a language, a subject).
+
+        Takes the options of Engine.batch: edits, scores.
+        """
+        if labels is not None and len(labels) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts but {len(labels)} labels: give one label for each.")
+        traces = [answer.trace for answer in self.engine.batch(prompts, sampling, slots, **options)]
+        for number, trace in enumerate(traces):
+            about = trace.header["sequences"][0]
+            about["prompt"] = prompts[number] if isinstance(prompts[number], str) else ""
+            if labels is not None:
+                about["label"] = str(labels[number])
+        return Trace.join(traces)
 
     def new_cache(self, batch: int = 1, format: str | None = None) -> LatentCache:
         return self.engine.new_cache(batch, format)

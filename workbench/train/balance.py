@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from workbench.config import Config
-from workbench.probe import Recorder
+from workbench.recorder import Recorder
 
 
 class Weights(NamedTuple):
@@ -24,8 +24,8 @@ def losses(recorder: Recorder, config: Config) -> tuple[torch.Tensor, torch.Tens
 
     Needs the sites "moe.router_probs" and "moe.experts"; the gradient flows through the probabilities only.
     """
-    layers = sorted(layer for site, layer in recorder.seen if site == "moe.router_probs")
-    each = [_of_layer(recorder.seen["moe.router_probs", n], recorder.seen["moe.experts", n], config) for n in layers]
+    layers = recorder.layers_of("moe.router_probs")
+    each = [_of_layer(recorder["moe.router_probs", n], recorder["moe.experts", n], config) for n in layers]
     expert, device, communication = (torch.stack(terms).sum() for terms in zip(*each, strict=True))
     return expert, device, communication
 

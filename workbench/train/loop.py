@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from workbench.chat import render
 from workbench.model import Model
-from workbench.probe import Recorder
+from workbench.recorder import Recorder
 from workbench.tokenizer import Tokenizer
 from workbench.train.balance import Weights, losses
 

@@ -1,0 +1,354 @@
+"""Editing: the probe that carries out edits. What they say is checked before anything is computed.
+
+B batch, T new tokens, S tokens so far, E experts, K chosen.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+
+import numpy as np
+import torch
+
+from workbench.config import Config
+from workbench.edits import Ablate, Add, Bias, Edit, Force, ReplayRouting, Scale, TopK, describe
+from workbench.errors import RequestError
+from workbench.probe import INSIDE, OFF, OUTSIDE, SITES, Probe, known, layers_with, sizes
+
+ROUTING = (Ablate, Bias, Force, TopK, ReplayRouting)
+OPENING = ("moe.router_probs", *INSIDE["route"])  # to change one of these the router must be open
+
+
+def check(edits: Sequence[Edit], config: Config) -> None:
+    """RequestError for an edit that this model has no place for."""
+    moe = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise RequestError(f"edits are made with wb.Ablate, wb.TopK and so on; got {edit!r}.")
+        try:
+            if isinstance(edit, ROUTING):
+                _check_routing(edit, config, moe)
+            else:
+                _check_site(edit, config)
+        except RequestError as error:
+            raise RequestError(f"{describe(edit)}: {error}") from None
+
+
+def _check_routing(edit: Edit, config: Config, moe: list[int]) -> None:
+    if not moe:
+        raise RequestError("this model has no routed experts.")
+    layer = getattr(edit, "layer", None)
+    if layer is not None and layer not in moe:
+        what = "is dense: it has no router" if 0 <= layer < config.num_hidden_layers else "does not exist"
+        raise RequestError(f"layer {layer} {what}. Layers with experts: {_ranges(moe)}.")
+    experts, chosen = config.n_routed_experts, config.num_experts_per_tok
+    named = edit.experts if isinstance(edit, Ablate | Force) else (edit.expert,) if isinstance(edit, Bias) else ()
+    if any(expert >= experts for expert in named):
+        raise RequestError(f"there is no expert {max(named)}; there are {experts}, counted from 0.")
+    if isinstance(edit, Ablate) and experts - len(named) < chosen:
+        raise RequestError(f"{experts - len(named)} experts would be left, and {chosen} are chosen for each token.")
+    if isinstance(edit, Force) and len(named) > chosen:
+        raise RequestError(f"{len(named)} experts cannot be forced where {chosen} are chosen.")
+    if isinstance(edit, TopK):
+        grouped = config.topk_method == "group_limited_greedy"
+        most = config.topk_group * experts // config.n_group if grouped else experts
+        if edit.k > most:
+            raise RequestError(f"at most {most} experts can be chosen for a token.")
+    if isinstance(edit, ReplayRouting):
+        if not set(edit.layers) <= set(moe) or edit.experts.max() >= experts:
+            raise RequestError("this trace is of another model: its layers or experts are not those of this one.")
+        if edit.experts.shape[2] > experts:
+            raise RequestError("this trace is of another model: more experts a token than there are here.")
+
+
+def _check_site(edit: Scale | Add, config: Config) -> None:
+    [site] = known([edit.site])
+    layers = layers_with(site, config)
+    if not SITES[site].writable:
+        raise RequestError(f"{site} can only be watched; change what is chosen with Force, TopK or ReplayRouting.")
+    if not layers:
+        raise RequestError(f"{site} never fires in this model: {SITES[site].doc}.")
+    if edit.layer is not None and edit.layer not in layers:
+        where = "outside the layers: leave layer out" if site in OUTSIDE else f"in layers {_ranges(layers)}"
+        raise RequestError(f"{site} never fires in layer {edit.layer}; it is {where}.")
+    dims = SITES[site].dims.split()
+    size = sizes(config, 1, 1, 1)
+    size = {**size, "S": 1}
+    if edit.index is not None and not 0 <= edit.index < size[dims[_indexed(site)]]:
+        raise RequestError(
+            f"index {edit.index} is not in 0 to {size[dims[_indexed(site)]] - 1}, of {SITES[site].dims}."
+        )
+    scalar = edit.index is not None and _indexed(site) == len(dims) - 1
+    if isinstance(edit, Add) and len(edit.vector) not in {1, 1 if scalar else size[dims[-1]]}:
+        raise RequestError(f"the vector has {len(edit.vector)} numbers; {site} takes 1 or {size[dims[-1]]}.")
+
+
+def _indexed(site: str) -> int:
+    """The dimension that `index` selects from: the first that is neither batch nor token."""
+    dims = SITES[site].dims.split()
+    return next(n for n, dim in enumerate(dims) if dim != "B" and dim != ("T" if "T" in dims else "S"))
+
+
+def _ranges(layers: list[int]) -> str:
+    whole = layers == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if whole and len(layers) > 2 else ", ".join(map(str, layers))
+
+
+class Editing(Probe):
+    """Carries out `edits` on a model of this config.
+
+    prompts  number of prompt tokens of each row (or one number for all), for edits with a phase
+    live     also keeps buffers for edits that may come later, see `update`
+
+    What Ablate, Bias and TopK say is held in tensors on the device, one for each layer, which the router reads: they can
+    be changed in place, also under a captured graph.
+    """
+
+    def __init__(
+        self,
+        edits: Sequence[Edit],
+        config: Config,
+        prompts: int | Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        live: bool = False,
+    ):
+        check(edits, config)
+        self.edits, self.config, self.device = tuple(edits), config, torch.device(device)
+        self.prompts = [prompts] if isinstance(prompts, int) else prompts
+        if self.prompts is None and any(edit.phase for edit in edits):
+            raise RequestError("an edit of one phase needs to know where the prompt ends: Editing(..., prompts=n).")
+        self.live = live
+        self.fired: set[int] = set()  # by number in `edits`
+        self.moe = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
+        self.layers = [frozenset(_layers(edit, config)) for edit in self.edits]
+        self.width = {layer: self._width(layer) for layer in self.moe}
+        self.bias: dict[tuple[int, int], torch.Tensor] = {}  # (number of the edit, layer) -> [E]
+        self.limit: dict[int, torch.Tensor] = {}  # number of the edit -> [], the k of a TopK
+        self.tables: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # replayed ids and gates [n, K]
+        for number, edit in enumerate(self.edits):
+            self._prepare(number, edit)
+        if live:
+            self.bias |= {(-1, layer): self._zeros() for layer in self.moe}
+
+    @property
+    def static(self) -> bool:
+        """Whether a captured pass can be replayed: no edit asks where in the sequence a token is."""
+        return not any(edit.positions or edit.phase or isinstance(edit, ReplayRouting) for edit in self.edits)
+
+    def update(self, edits: Sequence[Edit]) -> None:
+        """Replaces what a `live` Editing adds to the logits, in place, by Ablate and Bias edits of all positions."""
+        check(edits, self.config)
+        if not self.live or any(not isinstance(edit, Ablate | Bias) or edit.positions or edit.phase for edit in edits):
+            raise RequestError(
+                "only Ablate and Bias without positions or phase can be changed in place, in Editing(..., live=True); "
+                "for anything else make a new Editing."
+            )
+        for layer in self.moe:
+            self.bias[-1, layer].copy_(sum((self._bias(e) for e in edits if e.layer in (None, layer)), self._zeros()))
+
+    def on(self, prompts: Sequence[int]) -> "Editing":
+        """The same edits, buffers and memory of what fired, for rows with these prompts."""
+        other = copy(self)
+        other.prompts = list(prompts)
+        return other
+
+    def silent(self) -> list[Edit]:
+        """The edits that no token has met so far."""
+        return [edit for number, edit in enumerate(self.edits) if number not in self.fired]
+
+    def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
+        if config is not self.config and config != self.config:
+            raise RequestError("these edits were made for another model: Editing(edits, model.config).")
+        masks = {number: self._mask(edit, positions) for number, edit in enumerate(self.edits)}
+        active = [number for number, mask in masks.items() if mask is None or bool(mask.any())]
+        self.fired.update(active)
+        if not active and not self.live:
+            return OFF
+        masks = {n: masks[n] if masks[n] is None or not masks[n].all() else None for n in active}
+        return _Pass(self, {n: m if m is None else m.to(self.device) for n, m in masks.items()}, positions)
+
+    def _mask(self, edit: Edit, positions: torch.Tensor) -> torch.Tensor | None:
+        """Where [B, T] an edit acts; None for everywhere."""
+        if isinstance(edit, ReplayRouting):
+            there = torch.from_numpy((edit.experts >= 0).any((1, 2)))
+            known = (positions < len(there)) & there[positions.clamp(max=len(there) - 1)]
+        elif edit.positions is None and edit.phase is None:
+            return None
+        else:
+            known = torch.ones_like(positions, dtype=torch.bool)
+        if edit.positions is not None:
+            known = known & (positions >= edit.positions[0]) & (positions < edit.positions[1])
+        if edit.phase is not None:
+            prompts = torch.tensor(self.prompts)
+            assert len(prompts) in (1, len(positions)), f"{len(prompts)} prompts for {len(positions)} rows"
+            known = known & ((positions < prompts[:, None]) == (edit.phase == "prefill"))
+        return known
+
+    def _width(self, layer: int) -> int:
+        """Slots of a token in this layer: those of the config, unless every token gets another number."""
+        counts = [edit for edit in self.edits if isinstance(edit, TopK) and edit.layer in (None, layer)]
+        replayed = [edit.experts.shape[2] for edit in self.edits if isinstance(edit, ReplayRouting)]
+        all_limited = any(edit.positions is None and edit.phase is None for edit in counts) and not replayed
+        usual = 0 if all_limited else self.config.num_experts_per_tok
+        return max([usual, *replayed, *(edit.k for edit in counts)])
+
+    def _prepare(self, number: int, edit: Edit) -> None:
+        layers = self.moe if getattr(edit, "layer", None) is None else [edit.layer]
+        if isinstance(edit, Ablate | Bias):
+            self.bias |= {(number, layer): self._bias(edit) for layer in layers}
+        elif isinstance(edit, TopK):
+            self.limit[number] = torch.tensor(edit.k, device=self.device)
+        elif isinstance(edit, ReplayRouting):
+            for column, layer in enumerate(edit.layers):
+                ids = torch.from_numpy(edit.experts[:, column].astype(np.int64))
+                gates = torch.from_numpy(edit.weights[:, column].copy())
+                self.tables[number, layer] = ids.to(self.device), gates.to(self.device)
+
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros(self.config.n_routed_experts, device=self.device)
+
+    def _bias(self, edit: Ablate | Bias) -> torch.Tensor:
+        bias = self._zeros()
+        if isinstance(edit, Ablate):
+            bias[list(edit.experts)] = float("-inf")
+        else:
+            bias[edit.expert] = edit.amount
+        return bias
+
+
+class _Pass(Probe):
+    """One pass: which edits act in it, and where."""
+
+    def __init__(self, editing: Editing, masks: dict[int, torch.Tensor | None], positions: torch.Tensor):
+        self.editing, self.masks, self.positions = editing, masks, positions
+        self.outside = self.at(None)
+
+    def at(self, layer: int | None) -> Probe:
+        active = [(number, self.editing.edits[number]) for number in self.masks if layer in self.editing.layers[number]]
+        biased = (-1, layer) in self.editing.bias
+        return _Layer(self, layer, active) if active or biased else OFF
+
+    def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
+        return self.outside(site, x)
+
+
+class _Layer(Probe):
+    def __init__(self, parent: _Pass, layer: int | None, active: list[tuple[int, Edit]]):
+        self.parent, self.editing, self.layer = parent, parent.editing, layer
+        self.active = active
+        self.choosing = any(isinstance(edit, Force | TopK | ReplayRouting) for _, edit in active)
+        self.at_sites = {edit.site for _, edit in active if isinstance(edit, Scale | Add)}
+        self.ids: torch.Tensor | None = None
+
+    def opens(self, op: str) -> bool:
+        if op == "route":
+            return self.choosing or any(site in self.at_sites for site in OPENING)
+        return any(site in self.at_sites for site in INSIDE[op])
+
+    def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
+        if site == "moe.router_logits":
+            x = self._bias(x)
+        elif site == "moe.gates" and self.choosing:
+            x = self._gates(x)
+        if site in self.at_sites:
+            for number, edit in self.active:
+                if isinstance(edit, Scale | Add) and edit.site == site:
+                    x = _where(self._mask_at(number, site, x), _changed(edit, x), x)
+        return x
+
+    def select(self, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        if not self.choosing:
+            return ids
+        width = self.editing.width[self.layer]
+        ranks = allowed.clone()  # probabilities, at most 1; what is put before them gets more
+        limit = torch.full(allowed.shape[:-1], self.editing.config.num_experts_per_tok, device=allowed.device)
+        for kind in (ReplayRouting, TopK, Force):
+            for number, edit in self.active:
+                if not isinstance(edit, kind):
+                    continue
+                mask = self.parent.masks[number]
+                if kind is TopK:
+                    limit = _where(mask, self.editing.limit[number].expand_as(limit), limit)
+                elif kind is Force:
+                    forced = ranks.clone()
+                    order = range(len(edit.experts), 0, -1)
+                    forced[..., list(edit.experts)] = 1000.0 + torch.tensor(list(order), device=ranks.device)
+                    ranks = _where(mask, forced, ranks)
+                else:
+                    recorded = self._recorded(number)[0]
+                    used = recorded >= 0
+                    first = 100.0 + torch.arange(recorded.shape[-1], 0, -1, device=ranks.device) * used
+                    put = ranks.scatter_reduce(-1, recorded.clamp(min=0), first * used, "amax")
+                    ranks = _where(mask, put, ranks)
+                    limit = _where(mask, used.sum(-1), limit)
+        ids = ranks.topk(width, -1).indices
+        self.ids = ids.masked_fill(torch.arange(width, device=ids.device) >= limit[..., None], -1)
+        return self.ids
+
+    def _bias(self, logits: torch.Tensor) -> torch.Tensor:
+        if (-1, self.layer) in self.editing.bias:
+            logits = logits + self.editing.bias[-1, self.layer]
+        for number, edit in self.active:
+            if isinstance(edit, Ablate | Bias):
+                logits = _where(self.parent.masks[number], logits + self.editing.bias[number, self.layer], logits)
+        return logits
+
+    def _gates(self, gates: torch.Tensor) -> torch.Tensor:
+        for number, edit in self.active:
+            if isinstance(edit, ReplayRouting) and edit.gates:
+                recorded, weights = self._recorded(number)
+                same = self.ids[..., :, None] == recorded[..., None, :]  # [B, T, slots, recorded slots]
+                value = (same * weights[..., None, :]).sum(-1)
+                there = same.any(-1) & (self.ids >= 0)
+            elif isinstance(edit, Force) and edit.gate is not None:
+                there = torch.isin(self.ids, torch.tensor(edit.experts, device=gates.device))
+                value = torch.full_like(gates, edit.gate)
+            else:
+                continue
+            mask = self.parent.masks[number]
+            gates = torch.where(there if mask is None else there & mask[..., None], value, gates)
+        return gates
+
+    def _recorded(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and gates [B, T, K] that the trace has for the tokens of this pass; beyond its end, of its last token."""
+        ids, gates = self.editing.tables[number, self.layer]
+        rows = self.parent.positions.clamp(max=len(ids) - 1).to(ids.device)
+        return ids[rows], gates[rows]
+
+    def _mask_at(self, number: int, site: str, x: torch.Tensor) -> torch.Tensor | None:
+        """The mask of an edit, shaped for what passes a site; of keys, which are all there in each pass, made anew."""
+        mask, edit = self.parent.masks[number], self.editing.edits[number]
+        dims = SITES[site].dims.split()
+        axis = dims.index("T" if "T" in dims else "S")
+        if "T" not in dims and (edit.positions is not None or edit.phase is not None):
+            keys = torch.arange(x.shape[axis])[None].expand(x.shape[0], -1)
+            mask = self.editing._mask(edit, keys).to(x.device)
+        if mask is None:
+            return None
+        if mask.shape[1] != x.shape[axis]:  # the model was asked for its last logits only
+            mask = mask[:, -x.shape[axis] :]
+        return mask.view([n if d in (0, axis) else 1 for d, n in enumerate(x.shape)])
+
+
+def _layers(edit: Edit, config: Config) -> Sequence[int | None]:
+    """Where an edit may act."""
+    if isinstance(edit, ReplayRouting):
+        return edit.layers
+    if edit.layer is not None:
+        return [edit.layer]
+    return layers_with(edit.site if isinstance(edit, Scale | Add) else "moe.experts", config)
+
+
+def _where(mask: torch.Tensor | None, changed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    if mask is None:
+        return changed
+    return torch.where(mask if mask.dim() == x.dim() else mask[..., None], changed, x)
+
+
+def _changed(edit: Scale | Add, x: torch.Tensor) -> torch.Tensor:
+    changed = x.clone()
+    part = changed if edit.index is None else changed.select(_indexed(edit.site), edit.index)
+    if isinstance(edit, Scale):
+        part.mul_(edit.factor)
+    else:
+        part.add_(torch.tensor(edit.vector, dtype=x.dtype, device=x.device))
+    return changed

@@ -1,0 +1,172 @@
+"""The static routing recorder: ids, gates and margins of every token, written into tensors that are there beforehand.
+
+A pass only writes; the host reads later, when somebody asks or room is needed, so generation never waits for it and a
+captured graph can contain it. L layers with experts, B batch, T new tokens, K chosen.
+"""
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from workbench.config import Config
+from workbench.probe import Probe
+
+CAPACITY = 1024  # tokens
+
+
+class Routing(NamedTuple):
+    """Of n tokens: experts int16 [n, L, K] (-1: slot not used), gates and margins float32 [n, L, K].
+
+    A margin is the router probability of the slot's expert minus that of the best expert that was not chosen.
+    """
+
+    experts: np.ndarray
+    gates: np.ndarray
+    margins: np.ndarray
+
+
+class RoutingLog:
+    """The routing of one sequence on the host, by position. Reading it collects what the ring still holds."""
+
+    def __init__(self, layers: int, slots: int):
+        self._blocks = [_nothing(layers, slots)]
+        self._ring: RoutingRing | None = None
+
+    def __len__(self) -> int:
+        self._collect()
+        return sum(len(block.experts) for block in self._blocks)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Routing:
+        """Of the tokens from `start` to `stop`; fewer where the sequence ends before."""
+        self._collect()
+        if len(self._blocks) > 1:
+            self._blocks = [Routing(*(np.concatenate(parts) for parts in zip(*self._blocks, strict=True)))]
+        return Routing(*(part[start:stop] for part in self._blocks[0]))
+
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens from position `length` on."""
+        self._blocks = [self.rows(0, length)]
+
+    def _collect(self) -> None:
+        if self._ring is not None:
+            self._ring.drain()
+
+
+class RoutingRing(Probe):
+    """Records the routing of each pass into rings on the device, for the logs named in `to`.
+
+    slots     of a token in each layer: the model's K, or as many as an edit makes it
+    by_index  writes at a position that is itself a tensor, as a captured graph needs; by default on a GPU
+    """
+
+    static = True
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device | str = "cpu",
+        slots: int | None = None,
+        capacity: int = CAPACITY,
+        by_index: bool | None = None,
+    ):
+        self.layers = tuple(layer for layer in range(config.num_hidden_layers) if config.is_moe(layer))
+        self.slots = slots or config.num_experts_per_tok
+        self.device = torch.device(device)
+        self.by_index = self.device.type != "cpu" if by_index is None else by_index
+        small = config.n_routed_experts is None or config.n_routed_experts < 255
+        self._types = (torch.uint8 if small else torch.int16, torch.float16, torch.float16)
+        self._unused = 255 if small else -1
+        self._lock = threading.RLock()
+        self._logs: list[RoutingLog] = []
+        self._owed: list[tuple[int, int, list[RoutingLog]]] = []  # first row, tokens a sequence, one log a sequence
+        self._written = 0
+        self._passing: tuple[list, list, list] = ([], [], [])
+        self._resize(capacity)
+
+    def log(self) -> RoutingLog:
+        """An empty log for one sequence."""
+        return RoutingLog(len(self.layers), self.slots)
+
+    def to(self, *logs: RoutingLog) -> "RoutingRing":
+        """The logs of the sequences of the next passes, in the order of the batch."""
+        self._logs = list(logs)
+        for log in logs:
+            log._ring = self
+        return self
+
+    def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
+        assert len(self._logs) == len(positions), f"{len(self._logs)} logs for {len(positions)} sequences"
+        self._passing = ([], [], [])
+        self._taking = dict(zip(("moe.experts", "moe.gates", "moe.scores"), self._passing, strict=True))
+        self._shape = positions.shape
+        if self._written + positions.numel() > self.capacity:
+            self.drain()
+            if positions.numel() > self.capacity:
+                self._resize(positions.numel())
+        return self
+
+    def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
+        taking = self._taking.get(site)
+        if taking is not None:
+            taking.append(x)
+        return x
+
+    @torch.no_grad()
+    def end(self) -> None:
+        if not self.layers:
+            return
+        ids, gates, scores = (torch.stack(parts, 2).flatten(0, 1) for parts in self._passing)  # [B T, L, K or K + 1]
+        margins = scores[..., :-1] - scores[..., -1:]
+        with self._lock:
+            new = ids.shape[0]
+            for ring, values in zip(self._rings, (ids, gates, margins), strict=True):
+                if self.by_index:
+                    ring.index_copy_(0, self._cursor + self._count[:new], values.to(ring.dtype))
+                else:
+                    ring[self._written : self._written + new] = values
+            if self.by_index:
+                self._cursor += new
+            self._owed.append((self._written, self._shape[1], self._logs))
+            self._written += new
+
+    def drain(self) -> None:
+        """Hands everything written so far to the logs."""
+        with self._lock:
+            owed, written = self._owed, self._written
+            if not owed:
+                return
+            ids, gates, margins = (ring[:written].to("cpu", copy=True) for ring in self._rings)
+            experts = ids.to(torch.int16)
+            experts[ids == self._unused] = -1
+            used = (experts >= 0).numpy()
+            rows = Routing(
+                experts.numpy(),
+                np.where(used, gates.float().numpy(), np.float32(0)),
+                np.where(used, margins.float().numpy(), np.float32("nan")),
+            )
+            for first, tokens, logs in owed:
+                for number, log in enumerate(logs):
+                    start = first + number * tokens
+                    log._blocks.append(Routing(*(part[start : start + tokens] for part in rows)))
+            self._owed, self._written = [], 0
+            self._cursor.zero_()
+
+    def _resize(self, capacity: int) -> None:
+        shape = (capacity, len(self.layers), self.slots)
+        with torch.inference_mode(False):  # it outlives whatever mode the caller is in
+            self._rings = [torch.empty(shape, dtype=kind, device=self.device) for kind in self._types]
+            self._cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
+            self._count = torch.arange(capacity, device=self.device)
+        self.capacity = capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Held on the device."""
+        return sum(ring.nbytes for ring in self._rings)
+
+
+def _nothing(layers: int, slots: int) -> Routing:
+    empty = np.empty((0, layers, slots))
+    return Routing(empty.astype(np.int16), empty.astype(np.float32), empty.astype(np.float32))

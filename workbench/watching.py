@@ -1,0 +1,166 @@
+"""Watching: what is seen of a generation and how it is edited, for one sequence or a batch of them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import torch
+
+from workbench.checkpoint import fingerprint
+from workbench.config import Config
+from workbench.editing import Editing
+from workbench.edits import Edit, to_dict
+from workbench.errors import RequestError
+from workbench.model import Model
+from workbench.probe import OFF, Probe, both
+from workbench.recorder import Recorder
+from workbench.reply import Reply, Step
+from workbench.ring import RoutingLog, RoutingRing
+from workbench.trace import Trace, new_header
+
+
+class Watch:
+    """What all sequences of a generation share.
+
+    edits   carried out on each of them
+    sites   recorded in full, see Recorder; slower, and the prompt is read anew although it may be cached
+    scores  keeps every router probability in the trace, not only those of the chosen
+    """
+
+    def __init__(self, model: Model, name: str, edits: Sequence[Edit] = (), sites: Sequence[str] = (), scores=False):
+        self.model, self.name, self.config = model, name, model.config
+        self.edits, self.scores = tuple(edits), bool(scores)
+        self.sites = tuple(sites)
+        self.editing = Editing(self.edits, self.config, [], model.device) if self.edits else None
+        slots = max(self.editing.width.values(), default=None) if self.editing else None
+        self.ring = RoutingRing(self.config, model.device, slots)
+        if self.scores and not self.ring.layers:
+            raise RequestError("scores=True records router probabilities, and this model has no routed experts.")
+        self._recorders: list[Recorder] = []
+
+    @property
+    def recording(self) -> bool:
+        """Whether more is recorded than routing, so that every token must pass."""
+        return bool(self.sites or self.scores)
+
+    def of(self, reply: Reply, piece, log: RoutingLog | None = None) -> "Watched":
+        """The part of one reply. `log` is the routing of tokens that are in the cache already."""
+        recorder = Recorder(*self.sites) if self.sites else None
+        scores = Recorder("moe.router_probs") if self.scores else None
+        self._recorders += [each for each in (recorder, scores) if each]
+        return Watched(self, reply, piece, log or self.ring.log(), recorder, scores)
+
+    def probe(self, watched: Sequence["Watched"]) -> Probe:
+        """The probe of a pass over these sequences, in the order of the batch."""
+        editing = self.editing.on([one.reply.stats.prompt_tokens for one in watched]) if self.editing else OFF
+        ring = self.ring.to(*(one.log for one in watched)) if self.ring.layers else OFF
+        if not self.recording:
+            return both(editing, ring)
+        return both(editing, ring, _Rows([both(*one.recorders) for one in watched]))
+
+    def check(self) -> None:
+        """RequestError for an edit or a site that no token has met."""
+        silent = self.editing.silent() if self.editing else []
+        if silent:
+            from_edits = "; ".join(map(repr, silent))
+            raise RequestError(
+                f"no token met {from_edits}: the text ended before these positions, or the phase never came."
+            )
+        for recorder in self._recorders:
+            recorder.check()
+
+
+class Watched:
+    """What was seen of one sequence: its routing, and `recorder` with the sites that were asked for."""
+
+    def __init__(
+        self, watch: Watch, reply: Reply, piece, log: RoutingLog, recorder: Recorder | None, scores: Recorder | None
+    ):
+        self.watch, self.reply, self._piece, self.log = watch, reply, piece, log
+        self.recorder, self._scores = recorder, scores
+
+    @property
+    def recorders(self) -> list[Recorder]:
+        return [each for each in (self.recorder, self._scores) if each]
+
+    def trace(self, steps: Sequence[Step]) -> Trace:
+        """All tokens so far, prompt included, with the experts of those that were read."""
+        watch, reply = self.watch, self.reply
+        stats = reply.stats
+        known = {"prompt_tokens": stats.prompt_tokens, "seed": stats.seed, "finish": stats.finish}
+        header = new_header(
+            watch.name,
+            fingerprint(watch.model),
+            watch.config.to_dict(),
+            sampling=asdict(reply.sampling),
+            edits=[to_dict(edit) for edit in watch.edits],
+            sequences=[known],
+        )
+        return Trace(header, self._tokens(steps), watch.ring.layers, *self._routing(), scores=self._all_scores())
+
+    def _tokens(self, steps: Sequence[Step]) -> pd.DataFrame:
+        tokens, prompt = self.reply.tokens, self.reply.stats.prompt_tokens
+        unknown = [float("nan")] * prompt
+        choices = [step.choice for step in steps]
+        return pd.DataFrame(
+            {
+                "sequence": np.zeros(len(tokens), np.int32),
+                "position": np.arange(len(tokens), dtype=np.int32),
+                "id": np.array(tokens, np.int32),
+                "text": [self._piece(token) for token in tokens],
+                "phase": ["prefill"] * prompt + ["decode"] * len(steps),
+                "logprob": np.array(unknown + [choice.logprob for choice in choices], np.float32),
+                "probability": np.array(unknown + [choice.probability for choice in choices], np.float32),
+                "entropy": np.array(unknown + [choice.entropy for choice in choices], np.float32),
+                "ms": np.array(unknown + [1000 * step.seconds for step in steps], np.float32),
+                "cache_bytes": np.array([-1] * prompt + [step.cache_bytes for step in steps], np.int64),
+            }
+        )
+
+    def _routing(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Filled up with what stands for "not read", for the token that was generated last."""
+        routing = self.log.rows()
+        missing = len(self.reply.tokens) - len(routing.experts)
+        filling = ((0, missing), (0, 0), (0, 0))
+        return (
+            np.pad(routing.experts, filling, constant_values=-1),
+            np.pad(routing.gates, filling),
+            np.pad(routing.margins, filling, constant_values=np.nan),
+        )
+
+    def _all_scores(self) -> np.ndarray | None:
+        if self._scores is None:
+            return None
+        layers = self._scores.layers_of("moe.router_probs")
+        if not layers:
+            return None
+        rows = torch.stack([self._scores["moe.router_probs", layer][0] for layer in layers], 1).cpu().numpy()
+        missing = len(self.reply.tokens) - len(rows)
+        return np.pad(rows, ((0, missing), (0, 0), (0, 0)), constant_values=np.nan)
+
+
+class _Rows(Probe):
+    """One reading probe for each row of the batch."""
+
+    def __init__(self, probes: Sequence[Probe]):
+        self.probes = probes
+
+    def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
+        rows = [probe.begin(config, positions[n : n + 1], dtype) for n, probe in enumerate(self.probes)]
+        return rows[0] if len(rows) == 1 else _Rows(rows)
+
+    def at(self, layer: int) -> Probe:
+        return _Rows([probe.at(layer) for probe in self.probes])
+
+    def opens(self, op: str) -> bool:
+        return any(probe.opens(op) for probe in self.probes)
+
+    def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
+        for number, probe in enumerate(self.probes):
+            probe(site, x[number : number + 1])
+        return x
+
+    def end(self) -> None:
+        for probe in self.probes:
+            probe.end()

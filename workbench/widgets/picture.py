@@ -1,0 +1,124 @@
+"""Still pictures for saved notebooks, drawn without a browser: a heat map of experts, and a strip of tokens."""
+
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+INK, SOFT, LINE, PAPER, EMPTY = "#1b1f24", "#5d6670", "#c9d1d9", "#ffffff", "#f1f3f5"
+# one hue from light to dark (ColorBrewer's Blues): the order is seen without colours too
+RAMP = ((222, 235, 247), (158, 202, 225), (66, 146, 198), (8, 81, 156), (8, 38, 84))
+ORANGE = (230, 159, 0)
+SCALE = 2  # pixels of the file to one of the page, so that text stays crisp
+FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")  # the first that is installed; else the one Pillow brings
+
+
+def heat(values: np.ndarray, layers: Sequence[int], n_group: int, title: str, unit: str) -> bytes:
+    """PNG of `values` [layers, experts], each zero an empty cell; `unit` says what the numbers count."""
+    rows, experts = values.shape
+    side = max(5, min(22, 900 // max(1, experts)))
+    tall = max(side, 8)
+    gap = 4 if n_group > 1 else 0
+    group = experts // n_group
+    columns = [58 + expert * side + expert // group * gap for expert in range(experts)]
+    width, top = columns[-1] + side + 16, 58
+    image, draw = _page(max(width, 420), top + rows * tall + 44)
+    _text(draw, (16, 10), title, 14, INK)
+    small = _font(10)
+    for expert in range(0, experts, max(1, group if n_group > 1 else 8)):
+        _text(draw, (columns[expert], top - 17), str(expert), 10, SOFT)
+    _text(draw, (16, top - 17), "expert", 10, SOFT)
+    every = math.ceil(13 / tall)  # labels that would overlap are left out
+    largest = values.max() or 1
+    for row in range(rows):
+        y = top + row * tall
+        if row % every == 0:
+            _text(draw, (16, y + (tall - 13) / 2), f"layer {layers[row]}", 10, SOFT)
+        for expert, x in enumerate(columns):
+            share = float(values[row, expert] / largest)
+            box = (x * SCALE, y * SCALE, (x + side - 1) * SCALE - 1, (y + tall - 1) * SCALE - 1)
+            draw.rectangle(box, fill=_ramp(share) if share else EMPTY)
+    y = top + rows * tall + 16
+    x = 58
+    for step in range(80):
+        draw.rectangle(((x + step) * SCALE, y * SCALE, (x + step + 1) * SCALE, (y + 9) * SCALE), fill=_ramp(step / 79))
+    _text(draw, (x - 8 - draw.textlength("0", small) / SCALE, y - 2), "0", 10, SOFT)
+    _text(draw, (x + 88, y - 2), f"{_short(float(values.max()))} {unit}", 10, SOFT)
+    return _png(image)
+
+
+def strip(
+    pieces: Sequence[str], shade: Sequence[float], prompt: Sequence[bool], title: str, scale: tuple[str, str]
+) -> bytes:
+    """PNG of `pieces` as boxes, tinted by `shade` (0 clear, 1 full, NaN hatched: not measured); `prompt` in grey ink.
+
+    scale: what no tint and full tint mean.
+    """
+    font, across, line = _font(13), 900, 24
+    places, x, y = [], 16, 60
+    probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    for piece in pieces:
+        width = probe.textlength(piece, font) / SCALE + 8
+        if x + width > across - 16 and x > 16:
+            x, y = 16, y + line
+        places.append((x, y, width))
+        x += width + 3
+    image, draw = _page(across, y + line + 12)
+    _text(draw, (16, 10), title, 14, INK)
+    for step in range(80):
+        box = ((16 + step) * SCALE, 38 * SCALE, (17 + step) * SCALE, 47 * SCALE)
+        draw.rectangle(box, fill=_tint(step / 79))
+    measured = "" if not any(map(math.isnan, shade)) else "    hatched: not measured"
+    _text(draw, (104, 36), f"{scale[0]} to {scale[1]}{measured}", 10, SOFT)
+    for piece, value, before, (x, y, width) in zip(pieces, shade, prompt, places):
+        box = [x * SCALE, y * SCALE, min(x + width, across - 16) * SCALE, (y + line - 5) * SCALE]
+        if math.isnan(value):
+            draw.rectangle(box, fill=PAPER, outline=LINE, width=SCALE)
+            for offset in range(int(box[0]), int(box[2]), 5 * SCALE):
+                end = min(offset + box[3] - box[1], box[2])
+                draw.line((offset, box[3], end, box[3] - (end - offset)), fill="#e4e8ec", width=SCALE)
+        else:
+            draw.rectangle(box, fill=_tint(value), outline=LINE, width=SCALE)
+        draw.text((box[0] + 4 * SCALE, box[1] + SCALE), piece, SOFT if before else INK, font)
+    return _png(image)
+
+
+def _page(width: float, height: float) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (round(width * SCALE), round(height * SCALE)), PAPER)
+    return image, ImageDraw.Draw(image)
+
+
+def _text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str) -> None:
+    draw.text((at[0] * SCALE, at[1] * SCALE), text, colour, _font(size))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    for name in FONTS:
+        try:
+            return ImageFont.truetype(name, size * SCALE)
+        except OSError:
+            continue
+    return ImageFont.load_default(size * SCALE)
+
+
+def _ramp(share: float) -> tuple[int, int, int]:
+    place = min(1.0, max(0.0, share)) * (len(RAMP) - 1)
+    low = min(int(place), len(RAMP) - 2)
+    return tuple(round(a + (b - a) * (place - low)) for a, b in zip(RAMP[low], RAMP[low + 1]))
+
+
+def _tint(share: float) -> tuple[int, int, int]:
+    strength = 0.75 * min(1.0, max(0.0, share))
+    return tuple(round(255 + (c - 255) * strength) for c in ORANGE)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:.3g}"
+
+
+def _png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return out.getvalue()
