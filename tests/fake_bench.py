@@ -5,8 +5,12 @@ import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
+
 from workbench.config import Config
 from workbench.sampling import Alternative, Choice
+from workbench.trace import Trace, new_header
 
 
 class FakeTokenizer:
@@ -93,8 +97,8 @@ class FakeEngine:
         self.holds = False
         self.asked = []
 
-    def stream(self, prompt, sampling=None, *, stop=None, open_last=False):
-        self.asked.append(SimpleNamespace(messages=prompt, sampling=sampling, open_last=open_last))
+    def stream(self, prompt, sampling=None, *, edits=(), stop=None, open_last=False):
+        self.asked.append(SimpleNamespace(messages=prompt, sampling=sampling, edits=edits, open_last=open_last))
         text = self.says.pop(0) if len(self.says) > 1 else self.says[0]
         tokens = [*self.tokenizer.encode(text), self.tokenizer.eos]
         kept = prompt[-1].get("tokens", []) if open_last else []
@@ -103,13 +107,22 @@ class FakeEngine:
 
 class FakeStream:
     def __init__(self, engine, tokens, sampling, stop, prompt, kept):
-        self.kept = kept
+        self.kept, self.seen, self.watched = kept, list(kept), None
         self.engine, self.tokens, self.sampling, self.stop = engine, tokens, sampling, stop
         self.start = sum(len(m.get("tokens") or m["content"]) for m in prompt)
         self.stats = FakeStats(prompt_tokens=self.start, prefilled_tokens=self.start)
 
     def close(self):
         self.closed = True
+
+    def trace(self):
+        """Text and tokens, of a model without experts."""
+        tokens = pd.DataFrame({"id": self.seen, "text": [self.engine.tokenizer.piece(token) for token in self.seen]})
+        tokens = tokens.assign(sequence=0, position=range(len(self.seen)), phase="decode", cache_bytes=-1)
+        tokens = tokens.assign(logprob=float("nan"), probability=float("nan"), entropy=float("nan"), ms=float("nan"))
+        header = new_header("fake", "0", {}, sequences=[{"prompt_tokens": len(self.kept)}])
+        nothing = np.zeros((len(self.seen), 0, 0))
+        return Trace(header, tokens, (), nothing, nothing, nothing)
 
     def __iter__(self):
         decoder = self.engine.tokenizer.stream(special=False)
@@ -125,6 +138,7 @@ class FakeStream:
                 return
             if index == self.engine.fails_at:
                 raise self.engine.error
+            self.seen.append(token)
             self.stats.tokens += 1
             self.stats.decode_seconds += 0.01
             ended = token == self.engine.tokenizer.eos

@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     9: ["__main__", "doctor", "lab", "terminal"],
     8: ["widgets", "exercises"],
-    7: ["workbench", "session", "turns", "evals", "train", "benchmarks"],
-    6: ["engine"],
-    5: ["checkpoint", "shards", "chat"],
+    7: ["workbench", "session", "turns", "worker", "evals", "train", "benchmarks"],
+    6: ["engine", "watching"],
+    5: ["checkpoint", "shards", "chat", "reply"],
     4: ["model"],
     3: ["experts"],
     2: ["ops", "lens"],
@@ -33,15 +33,26 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 CORE = range(7)  # runs in a script, a server or a test: no notebook needed
 
 PUBLIC = [
+    "Ablate",
+    "Add",
+    "Bias",
     "BudgetError",
     "CheckpointError",
     "Config",
+    "Force",
     "LatentCache",
+    "Probe",
+    "Recorder",
+    "ReplayRouting",
     "RequestError",
     "Sampling",
+    "Scale",
+    "TopK",
+    "Trace",
     "Workbench",
     "WorkbenchError",
     "chat",
+    "diff",
     "load",
 ]
 

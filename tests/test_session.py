@@ -430,7 +430,7 @@ def test_close_ends_the_worker_and_keeps_the_turns_readable(fake_bench):
     hold(conversation, 5)
     reply = conversation.send("hi")
     until(lambda: len(reply.steps) == 5)
-    worker = conversation._worker
+    worker = conversation._worker.thread
     conversation.close()
     assert not worker.is_alive()
     assert said(conversation) == [("user", "hi"), ("assistant", "Hello")]
@@ -441,7 +441,7 @@ def test_close_ends_the_worker_and_keeps_the_turns_readable(fake_bench):
 def test_a_conversation_nobody_holds_is_collected_with_its_worker(fake_bench):
     conversation = Conversation(fake_bench)
     ask(conversation)
-    worker, ref = conversation._worker, weakref.ref(conversation)
+    worker, ref = conversation._worker.thread, weakref.ref(conversation)
     del conversation
     until(lambda: gc.collect() is not None and ref() is None)
     worker.join(SECONDS)

@@ -11,15 +11,26 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 _HOME = {
+    "Ablate": "workbench.edits:Ablate",
+    "Add": "workbench.edits:Add",
+    "Bias": "workbench.edits:Bias",
     "BudgetError": "workbench.errors:BudgetError",
     "CheckpointError": "workbench.errors:CheckpointError",
     "Config": "workbench.config:Config",
+    "Force": "workbench.edits:Force",
     "LatentCache": "workbench.cache:LatentCache",
+    "Probe": "workbench.probe:Probe",
+    "Recorder": "workbench.recorder:Recorder",
+    "ReplayRouting": "workbench.edits:ReplayRouting",
     "RequestError": "workbench.errors:RequestError",
     "Sampling": "workbench.sampling:Sampling",
+    "Scale": "workbench.edits:Scale",
+    "TopK": "workbench.edits:TopK",
+    "Trace": "workbench.trace:Trace",
     "Workbench": "workbench.workbench:Workbench",
     "WorkbenchError": "workbench.errors:WorkbenchError",
     "chat": "workbench.widgets.chat:chat",
+    "diff": "workbench.lens.difference:diff",
     "load": "workbench.workbench:load",
 }
 

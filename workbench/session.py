@@ -1,24 +1,22 @@
 """A conversation with one worker thread: every verb returns at once, and stopping or failing loses nothing."""
 
-import queue
 import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from workbench.chat import Prompt, render
+from workbench.editing import check
+from workbench.edits import Edit
 from workbench.errors import RequestError, WorkbenchError
 from workbench.sampling import Sampling
-from workbench.turns import Record, Tree, Turn, put_by_hand, read, reopen, write
+from workbench.turns import Record, Tree, Turn, figures, put_by_hand, read, reopen, whole_trace, write
+from workbench.worker import Worker
 
 if TYPE_CHECKING:
     from workbench.workbench import Workbench
 
-FIGURES = (
-    "prompt_tokens", "reused_tokens", "prefilled_tokens", "prefill_seconds", "decode_seconds", "tokens",
-    "tokens_per_second", "seed",
-)  # fmt: skip
 UNFINISHED = ("stopped", "length", "error")
 
 
@@ -36,6 +34,7 @@ class Job(NamedTuple):
     turn: Turn
     messages: list[dict]
     sampling: Sampling
+    edits: tuple[Edit, ...]
     open_last: bool
 
 
@@ -50,14 +49,14 @@ class Conversation:
         self.bench = bench
         self.sampling = sampling or Sampling()
         self.tree = Tree(system or "")
+        self._edits: tuple[Edit, ...] = ()
         self._lock = threading.RLock()
         self._idle = threading.Condition(self._lock)
         self._job: Job | None = None
         self._stop = threading.Event()
         self._errors: list[BaseException] = []
         self._listeners: list[Callable[[Event], None]] = []
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._worker: threading.Thread | None = None
+        self._worker = Worker(self, Conversation._run, self._stop, "workbench-conversation")
         self._closed = False
 
     # Looking
@@ -90,6 +89,16 @@ class Conversation:
             self.tree.root.content = text or ""
         self._emit(Event("changed"))
 
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """How the model is changed, from the next reply on: see workbench.edits."""
+        return self._edits
+
+    @edits.setter
+    def edits(self, edits: Sequence[Edit]) -> None:
+        check(edits, self._alive().config)
+        self._edits = tuple(edits)
+
     def find(self, key: int) -> Turn:
         with self._lock:
             if key not in self.tree.turns:
@@ -118,6 +127,16 @@ class Conversation:
         with self._changing():
             turn = self._known(turn or self._last_reply())
             return self._answer(turn if turn.role == "user" else turn.parent)
+
+    def rerun(self, turn: Turn, edits: Sequence[Edit]) -> Turn:
+        """Another version of a reply: the same prompt, settings and seed, on a model with these edits."""
+        check(edits, self._alive().config)
+        with self._changing():
+            if self._known(turn).role != "assistant" or not turn.stats.get("tokens"):
+                raise RequestError("only a reply that has begun can be run again with edits; send() something first.")
+            sampling = replace(turn.settings or self.sampling, seed=turn.stats["seed"])
+            self.tree.select(turn.parent)
+            return self._queue(self.tree.add(turn.parent, "assistant"), sampling, tuple(edits))
 
     def edit(self, turn: Turn, text: str) -> Turn:
         """Another version of what the user said, and a reply to it."""
@@ -193,11 +212,8 @@ class Conversation:
         """Stops the reply and ends the worker. The turns stay readable; the model is let go."""
         with self._lock:
             self._closed = True
-            worker = self._worker
         self.stop()
-        self._jobs.put(None)
-        if worker and worker is not threading.current_thread():
-            worker.join(timeout)
+        self._worker.end(timeout)
         self.bench = None
 
     # Keeping
@@ -261,20 +277,15 @@ class Conversation:
         self.tree.select(user)
         return self._queue(self.tree.add(user, "assistant"))
 
-    def _queue(self, reply: Turn) -> Turn:
-        reply.settings, reply.finish, reply.error = self.sampling, None, None
+    def _queue(self, reply: Turn, sampling: Sampling | None = None, edits: tuple[Edit, ...] | None = None) -> Turn:
+        sampling = self.sampling if sampling is None else sampling
+        reply.edits = self._edits if edits is None else edits
+        reply.settings, reply.finish, reply.error, reply.trace = sampling, None, None, None
         messages = self._messages(self.tree.above(reply))
         self._stop.clear()
         self._errors.clear()
-        self._job = Job(reply, messages, self.sampling, open_last=bool(reply.steps))
-        if self._worker is None:
-            self._worker = threading.Thread(
-                target=_work, args=(self._jobs, weakref.ref(self)), name="workbench-conversation", daemon=True
-            )
-            self._worker.start()
-            # also runs at exit: a thread inside torch must not outlive the interpreter
-            weakref.finalize(self, _end, self._worker, self._jobs, self._stop)
-        self._jobs.put(self._job)
+        self._job = Job(reply, messages, sampling, reply.edits, open_last=bool(reply.steps))
+        self._worker.put(self._job)
         return reply
 
     def _run(self, job: Job) -> None:
@@ -293,7 +304,10 @@ class Conversation:
 
     def _generate(self, job: Job) -> None:
         turn, said, bench = job.turn, len(job.turn.steps), self._alive()
-        stream = bench.engine.stream(job.messages, job.sampling, stop=self._stop, open_last=job.open_last)
+        stream = bench.engine.stream(
+            job.messages, job.sampling, edits=job.edits, stop=self._stop, open_last=job.open_last
+        )
+        turn.watched = stream.watched
         try:
             self._emit(Event("started", turn))
             for step in stream:
@@ -305,14 +319,15 @@ class Conversation:
                 with self._lock:
                     turn.append(record)
                     turn.finish = step.finish
-                    turn.stats = _figures(stream.stats) | {"cache_bytes": step.cache_bytes}
+                    turn.stats = figures(stream.stats) | {"cache_bytes": step.cache_bytes}
                 if len(turn.steps) == said + 1:
                     self._emit(Event("prefill", turn))
                 self._emit(Event("step", turn))
         finally:
             stream.close()
             with self._lock:
-                turn.stats = turn.stats | _figures(stream.stats)
+                turn.watched, turn.trace = None, whole_trace(turn, stream.trace(), said)
+                turn.stats = turn.stats | figures(stream.stats)
                 turn.finish = turn.finish or stream.stats.finish or "stopped"
             if stream.stats.tail:  # text that waited for what a stop cut off
                 reopen(turn, bench.tokenizer)
@@ -325,23 +340,3 @@ class Conversation:
             except BaseException as error:  # noqa: BLE001 - a view must not break the reply: `wait` raises it
                 with self._lock:
                     self._errors.append(error)
-
-
-def _work(jobs: queue.SimpleQueue, ref: weakref.ref) -> None:
-    while (job := jobs.get()) is not None:
-        conversation = ref()
-        if conversation is None:
-            return
-        conversation._run(job)
-        del conversation, job
-
-
-def _end(worker: threading.Thread, jobs: queue.SimpleQueue, stop: threading.Event) -> None:
-    stop.set()
-    jobs.put(None)
-    if worker is not threading.current_thread():
-        worker.join(2.0)
-
-
-def _figures(stats: object) -> dict:
-    return {name: getattr(stats, name) for name in FIGURES}

@@ -8,6 +8,7 @@ layers, K, text that UTF-8 cannot hold) is JSON under "workbench.trace" in the m
 import json
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from pyarrow import parquet
 from workbench.errors import RequestError
 
 FORMAT, VERSION = "workbench trace", 1
-KEY = b"workbench.trace"
+KEY, CHECK = b"workbench.trace", b"workbench.trace.crc32"  # parquet's own checksums are of the columns only
 ROWS = 8192  # tokens of a row group: one can be read without the others
 
 TOKENS = {
@@ -75,7 +76,7 @@ def read(path: Path) -> Parts:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             facts = _facts(path, file.schema_arrow.metadata or {})
             table = file.read()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         line = (str(error).splitlines() or [""])[0]
         raise RequestError(
             f"{path}: no parquet file, or a damaged one ({line}). Save or copy the trace again."
@@ -98,6 +99,9 @@ def read(path: Path) -> Parts:
 def _facts(path: Path, metadata: dict[bytes, bytes]) -> dict:
     if KEY not in metadata:
         raise RequestError(f"{path}: a parquet file, but not one of a trace. pandas.read_parquet reads it.")
+    damaged = f"{path}: the header of this trace is damaged. Take the original."
+    if metadata.get(CHECK) != str(zlib.crc32(metadata[KEY])).encode():
+        raise RequestError(damaged)
     try:
         facts = json.loads(metadata[KEY])
         version = facts["header"]["version"]
@@ -105,13 +109,12 @@ def _facts(path: Path, metadata: dict[bytes, bytes]) -> dict:
             raise RequestError(
                 f"{path}: written in version {version} of the format; this workbench reads up to {VERSION}. Update it."
             )
-        sound = isinstance(facts["layers"], list) and isinstance(facts["lone"], dict)
-        sound = sound and all(type(n) is int and n >= 0 for n in (facts["k"], facts["experts"], *facts["layers"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{path}: the header of this trace is damaged ({error}). Take the original.") from None
-    if not sound:
-        raise RequestError(f"{path}: the header of this trace is damaged. Take the original.")
-    return facts
+        numbers = (facts["k"], facts["experts"], *facts["layers"])
+        if isinstance(facts["lone"], dict) and all(type(n) is int and n >= 0 for n in numbers):
+            return facts
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise RequestError(damaged)
 
 
 def _tokens(path: Path, table: pa.Table, lone: dict[str, list[int]]) -> pd.DataFrame:
@@ -187,7 +190,8 @@ def _table(parts: Parts) -> pa.Table:
         ends = np.searchsorted(parts.events["token"], np.arange(len(texts) + 1)).astype(np.int32)
         columns["events"] = pa.ListArray.from_arrays(pa.array(ends), structs)
     facts = {"header": parts.header, "layers": list(parts.layers), "k": parts.experts.shape[2], "experts": experts}
-    return pa.table(columns, metadata={KEY: json.dumps(facts | {"lone": lone})})
+    text = json.dumps(facts | {"lone": lone}).encode()
+    return pa.table(columns, metadata={KEY: text, CHECK: str(zlib.crc32(text))})
 
 
 def _arrow_array(column: pd.Series, kind: type) -> pa.Array:

@@ -5,13 +5,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from workbench.chat import detect
+from workbench.edits import Edit, from_dict, to_dict
 from workbench.errors import RequestError
 from workbench.sampling import Alternative, Sampling
 
 if TYPE_CHECKING:
     from workbench.tokenizer import Tokenizer
+    from workbench.trace import Trace
+    from workbench.watching import Watched
 
+FIGURES = (
+    "prompt_tokens", "reused_tokens", "prefilled_tokens", "prefill_seconds", "decode_seconds", "tokens",
+    "tokens_per_second", "seed",
+)  # fmt: skip
 FORMAT = "workbench conversation"
 VERSION = 1
 ANSWERS_TO = {"system": (), "user": ("system", "assistant"), "assistant": ("user",)}
@@ -40,7 +49,8 @@ class Record(NamedTuple):
 class Turn:
     """What one side said. The children of a turn are versions of what was said next; `chosen` is the visible one.
 
-    `finish`: None while being answered, then "eos", "stop", "length", "context", "stopped" or "error".
+    `edits` is how the model was changed for it. `finish`: None while being answered, then "eos", "stop", "length",
+    "context", "stopped" or "error".
     """
 
     key: int
@@ -54,6 +64,9 @@ class Turn:
     error: str | None = None
     stats: dict = field(default_factory=dict, repr=False)
     settings: Sampling | None = field(default=None, repr=False)
+    edits: tuple[Edit, ...] = field(default=(), repr=False)
+    watched: "Watched | None" = field(default=None, repr=False)  # while it is being answered
+    trace: "Trace | None" = field(default=None, repr=False)  # afterwards: prompt and reply, and where each token went
 
     @property
     def text(self) -> str:
@@ -119,6 +132,29 @@ class Tree:
 
     def owns(self, turn: Turn) -> bool:
         return isinstance(turn, Turn) and self.turns.get(turn.key) is turn
+
+
+def figures(stats: object) -> dict:
+    """What a turn keeps of the cost of its generation."""
+    return {name: getattr(stats, name) for name in FIGURES}
+
+
+def whole_trace(turn: Turn, trace: "Trace", said: int) -> "Trace":
+    """The trace of a reply of which the first `said` tokens were given: written earlier by the model, or by hand."""
+    if not said:
+        return trace
+    about = trace.header["sequences"][0]
+    about["prompt_tokens"] -= said
+    where = slice(about["prompt_tokens"], about["prompt_tokens"] + said)
+    rows, records = trace.tokens.index[where], turn.steps[:said]
+    trace.tokens.loc[rows, "phase"] = "decode"
+    columns = {"logprob": "logprob", "probability": "probability", "entropy": "entropy", "ms": "seconds"}
+    for column, name in columns.items():
+        unit = 1000 if column == "ms" else 1
+        values = [getattr(record, name) for record in records]
+        known = [math.nan if value is None else unit * value for value in values]
+        trace.tokens.loc[rows, column] = np.array(known, np.float32)
+    return trace
 
 
 def write(tree: Tree, sampling: Sampling, model: str, vocab_size: int) -> dict:
@@ -196,6 +232,7 @@ def _turn_to_dict(turn: Turn) -> dict:
             "error": turn.error,
             "stats": dict(turn.stats),
             "settings": asdict(turn.settings) if turn.settings else None,
+            "edits": [to_dict(edit) for edit in turn.edits],
             "steps": {name: [getattr(record, name) for record in turn.steps] for name in Record._fields},
         }
         data["steps"]["alternatives"] = [[list(a) for a in record.alternatives] for record in turn.steps]
@@ -240,6 +277,9 @@ def _turn_from_dict(data: dict, key: int, vocab_size: int, where: str) -> Turn:
     # a reply exported while it was being generated is, from now on, one that was stopped
     turn.finish = data["finish"] or "stopped"
     turn.settings = _sampling(data["settings"], where) if data["settings"] else None
+    edits = data.get("edits", [])
+    _need(isinstance(edits, list), f"{where}: edits must be a list")
+    turn.edits = tuple(from_dict(edit) for edit in edits)
     turn.steps = _records(data.get("steps"), vocab_size, where)
     spelled = "".join(record.text for record in turn.steps)
     _need(spelled == content, f"{where}: its tokens do not spell its content")

@@ -329,7 +329,7 @@ def test_a_new_panel_on_the_same_bench_ends_the_old_one(panel, wire, fake_bench)
     fake_bench.engine.gate = threading.Semaphore(5)
     panel.send("hi")
     until(lambda: len(panel.history[1].steps) == 5)
-    worker = panel.conversation._worker
+    worker = panel.conversation._worker.thread
     newer = chat(fake_bench)
     assert not worker.is_alive()
     assert wire[-1]["kind"] == "closed" and "newer" in wire[-1]["text"]

@@ -1,8 +1,8 @@
 """How evenly experts are used, and how evenly chance alone would use them.
 
-T tokens, L layers, K slots, E experts. The load of an expert is the number of tokens it read, or with `by="gate"` the sum of
-its gates. Names elsewhere: NeMo logs cv, dead (dead_expert_frac) and load over mean (expert_utilization); the EPLB of vLLM
-and SGLang logs 1 / max_over_mean, of devices instead of experts (balancedness).
+T tokens, L layers, K slots, E experts. The load of an expert is the number of tokens it read, or with `by="gate"` the
+sum of its gates. Names elsewhere: NeMo logs cv, dead (dead_expert_frac) and load over mean (expert_utilization); vLLM
+and SGLang log 1 / max_over_mean, of devices in place of experts (balancedness).
 """
 
 import numpy as np
@@ -44,8 +44,8 @@ def null_load(
 ) -> pd.DataFrame:
     """What `load` gives, beside what it would give if every token chose by chance. A row a layer and figure.
 
-    A short text leaves experts unused by chance alone. Here every router score is random, all else is as it was: how many
-    experts a token has in a layer, their gates, and the limit on groups where the config has one.
+    A short text leaves experts unused by chance alone. Here every router score is random, all else is as it was: how
+    many experts a token has in a layer, their gates, and the limit on groups where the config has one.
 
     observed
     null_mean, null_low, null_high  mean and the central 95 % of `rounds` repetitions
@@ -105,9 +105,9 @@ def _by_chance(rng: np.random.Generator, tokens: int, trace: Trace) -> np.ndarra
     config, experts = trace.header["config"], trace.n_experts
     scores = rng.random((tokens, experts), np.float32)
     if config.get("topk_method") == "group_limited_greedy":
-        groups = scores.reshape(tokens, config["n_group"], -1)
+        groups = scores.reshape(tokens, config.get("n_group") or 1, -1)
         best = groups.max(-1)
-        limit = np.sort(best, -1)[:, -config["topk_group"], None]
+        limit = np.sort(best, -1)[:, -(config.get("topk_group") or 1), None]
         groups -= (best < limit)[..., None]  # below all that are kept
     chosen = np.argpartition(-scores, min(trace.k, experts - 1), -1)[:, : trace.k]
     order = np.argsort(-np.take_along_axis(scores, chosen, -1), -1)

@@ -60,9 +60,7 @@ class PairNull(NamedTuple):
     share: Comparison
 
 
-def beyond_chance(
-    trace: Trace, layer: int, phase: str | None = None, *, rounds: int = 200, seed: int = 0
-) -> PairNull:
+def beyond_chance(trace: Trace, layer: int, phase: str | None = None, *, rounds: int = 200, seed: int = 0) -> PairNull:
     """Co-activation against `rounds` tables in which it was shuffled which tokens chose each expert.
 
     Every token keeps its number of experts, every expert its number of tokens, and a group-limited model its limit
@@ -106,9 +104,7 @@ def strongest(
     return table.dropna().nlargest(n, "z").reset_index(drop=True)
 
 
-def transitions(
-    trace: Trace, layer_a: int, layer_b: int, by: str = "count", phase: str | None = None
-) -> pd.DataFrame:
+def transitions(trace: Trace, layer_a: int, layer_b: int, by: str = "count", phase: str | None = None) -> pd.DataFrame:
     """P(expert in layer_b | expert in layer_a) for one slot of a token in each: float [E, E], rows sum to 1.
 
     by="count": all slots of a token weigh the same, so K times a value is the share of the tokens of the row's expert

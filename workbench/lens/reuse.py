@@ -1,8 +1,8 @@
 """A cache of experts, seen from a trace: how far apart an expert's uses are, and what a cache of any size would hit.
 
-Every token, in order, asks every layer, in order, for its experts: the K of one token and layer together. The cache is one
-pool for all layers, empty at the start, and holds `capacity` (layer, expert) pairs. What was asked for need not be kept.
-A prompt is counted token by token too, though a model reads it in one pass: `phase="decode"` leaves it out.
+Every token, in order, asks every layer, in order, for its experts: the K of one token and layer together. The cache is
+one pool for all layers, empty at the start, of `capacity` (layer, expert) pairs. What was asked for need not be kept. A
+prompt is counted token by token too, though a model reads it in one pass: `phase="decode"` leaves it out.
 """
 
 import heapq
@@ -17,9 +17,9 @@ from workbench.trace import Trace
 
 
 def reuse_distances(trace: Trace, phase: str | None = None) -> pd.DataFrame:
-    """Rows of `trace.routing` (token, layer, expert) with `distance`: LRU stack distance, in pairs (Mattson et al. 1970).
+    """Rows of `trace.routing` (token, layer, expert) with `distance`: the LRU stack distance (Mattson et al. 1970).
 
-    It is the number of other pairs used since this one was; infinite at its first use. An LRU cache hits where it is
+    It is the number of other pairs used since this one was, infinite at its first use: an LRU cache hits where it is
     below the capacity. Of pairs last used together, those with the larger gates count as the later ones.
     """
     routing, pairs, batches = _requests(trace, phase)

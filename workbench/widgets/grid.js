@@ -2,7 +2,7 @@
 
 const LEFT = 62;
 const RIGHT = 104;
-const TOP = 30;
+const TOP = 32;
 const FONT = "system-ui, sans-serif";
 
 /** Where every cell is, in CSS pixels from the corner of the whole grid. */
@@ -17,17 +17,17 @@ class Layout {
     this.space = this.cell >= 9 ? 2 : 1;
     this.right = LEFT + experts * this.cell + this.gap * (groups - 1);
     this.width = this.right + RIGHT;
-    this.height = TOP + layers.length * this.tall + 4;
+    this.height = TOP + layers.length * this.tall + 6;
     this.rows = layers.length;
     this.experts = experts;
   }
 
   x = (expert) => LEFT + expert * this.cell + Math.floor(expert / this.size) * this.gap;
-  y = (row) => TOP + row * this.tall;
+  y = (row) => TOP + 2 + row * this.tall;
 
   /** {row, expert} at a place; expert -1 beside the cells, null outside the rows. */
   at(x, y) {
-    const row = Math.floor((y - TOP) / this.tall);
+    const row = Math.floor((y - TOP - 2) / this.tall);
     if (row < 0 || row >= this.rows) return null;
     const group = Math.floor((x - LEFT) / (this.size * this.cell + this.gap));
     const expert = group * this.size + Math.floor((x - LEFT - group * (this.size * this.cell + this.gap)) / this.cell);
@@ -133,7 +133,9 @@ class Grid {
       return;
     }
     const every = layout.cell >= 20 ? 1 : layout.cell >= 10 ? 4 : 10;
-    for (let expert = 0; expert < experts; expert += every) pen.fillText(String(expert), layout.x(expert) + dx + 1, 22);
+    pen.textAlign = "center";
+    for (let expert = 0; expert < experts; expert += every) pen.fillText(String(expert), layout.x(expert) + dx + (layout.cell - layout.space) / 2, 22);
+    pen.textAlign = "left";
   }
 
   labels(dy) {
@@ -155,6 +157,8 @@ class Grid {
     const { pen, palette, picture, layout } = this;
     const wide = layout.cell - layout.space;
     const high = layout.tall - layout.space - (layout.rows <= 12 ? 2 : 0);
+    this.ranked = wide >= 9;
+    this.outlined = wide >= 6;
     const round = layout.cell >= 12 ? 3 : layout.cell >= 8 ? 1.5 : 0;
     const box = (row, expert) => {
       pen.beginPath();
@@ -171,12 +175,12 @@ class Grid {
         } else if (share === 0) {
           pen.strokeStyle = palette.line;
           pen.lineWidth = 1;
-          if (wide >= 6) pen.stroke();
+          if (this.outlined) pen.stroke();
         } else {
           pen.fillStyle = palette.ramp(share);
           pen.fill();
-          if (rank !== null && wide >= 11) {
-            pen.font = `600 ${wide >= 18 ? 12 : 9}px ${FONT}`;
+          if (rank !== null && this.ranked) {
+            pen.font = `600 ${wide >= 18 ? 12 : wide >= 12 ? 9 : 8}px ${FONT}`;
             pen.textAlign = "center";
             pen.textBaseline = "middle";
             pen.fillStyle = palette.on(share);
@@ -206,7 +210,7 @@ class Grid {
     pen.font = `11px ${FONT}`;
     pen.textBaseline = "alphabetic";
     pen.fillStyle = palette.soft;
-    pen.fillText(picture.sideHead, x, 14);
+    pen.fillText(picture.sideHead, x, picture.facts.groups > 1 ? 14 : 22);
     pen.beginPath();
     pen.rect(x - 14, TOP, RIGHT, this.down - TOP);
     pen.clip();

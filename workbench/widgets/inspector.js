@@ -21,11 +21,12 @@ class InspectorView extends View {
     this.parts = element("section", { className: "wbi-part wbi-sides" });
     this.routing = element("div", {}, this.layersPart, this.caption, this.bars.element, this.table, this.parts);
     this.empty = element("div", { className: "wbi-empty" }, "No token is open. Choose one in a linked view, or with .open(token).");
-    this.body = element("div", { className: "wbi-body" }, this.context, this.origin, this.routing);
+    this.unread = element("section", { className: "wbi-part" });
+    this.body = element("div", { className: "wbi-body" }, this.context, this.origin, this.unread, this.routing);
     this.amount = element("input", { className: "wbi-amount", type: "number", step: "0.5", min: "0", value: "2", "aria-label": "Bias by, in logits" });
     this.scope = element("select", { className: "wbi-scope", "aria-label": "Where an edit acts" },
       element("option", { value: "" }, "every token"), element("option", { value: "here" }, "this token only"));
-    this.root.classList.add("wbi");
+    this.root.classList.add("wbv", "wbi");
     this.root.setAttribute("role", "region");
     this.root.setAttribute("aria-label", "Token inspector");
     this.root.append(this.head, this.notice, this.empty, this.body, this.said);
@@ -125,17 +126,15 @@ class InspectorView extends View {
     this.head.hidden = !seen;
     if (!seen) return;
     this.drawHead();
-    this.context.replaceChildren(element("span", {}, seen.before), element("mark", {}, seen.text || "\u2205"), element("span", {}, seen.after));
+    fill(this.context, element("span", {}, seen.before), element("mark", {}, seen.text || "\u2205"), element("span", {}, seen.after));
     this.drawOrigin();
     const layer = this.current;
-    for (const part of this.routing.children) part.hidden = !layer && part !== this.caption;
-    this.caption.className = layer ? "wbi-layer" : "wbi-missing";
-    if (!layer) {
-      this.caption.textContent = `Routing not recorded: ${seen.how.layers}.`;
-      return;
-    }
+    this.routing.hidden = !layer;
+    this.unread.hidden = Boolean(layer);
+    fill(this.unread, missing("routing", seen.how.layers));
+    if (!layer) return;
     this.drawLayers();
-    this.caption.replaceChildren(`Layer ${layer.layer}`, element("span", { className: "wbi-soft" },
+    fill(this.caption, `Layer ${layer.layer}`, element("span", { className: "wbi-soft" },
       `which experts read this token, to predict the next one`));
     this.bars.draw(layer, this.expert, seen.how);
     this.drawTable(layer);
@@ -155,7 +154,7 @@ class InspectorView extends View {
     if (seen.entropy !== null) facts.push(["entropy", `${seen.entropy.toFixed(2)} nats`]);
     if (seen.ms !== null) facts.push(["time", `${seen.ms.toFixed(1)} ms`]);
     const focused = this.head.contains(document.activeElement) ? [...this.head.querySelectorAll("button")].indexOf(document.activeElement) : -1;
-    this.head.replaceChildren(
+    fill(this.head, 
       element("code", { className: "wbi-token" }, visible(seen.text)),
       element("dl", { className: "wbi-facts" }, facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, String(value))))),
       element("span", { className: "wbi-space" }),
@@ -169,11 +168,11 @@ class InspectorView extends View {
     const title = element("h4", { className: "wbi-heading" }, "What chose it");
     const edits = seen.edits.length ? element("p", { className: "wbi-soft" }, `Edits in force: ${seen.edits.join("; ")}.`) : null;
     if (seen.phase === "prefill" && !seen.alternatives) {
-      this.origin.replaceChildren(title, element("p", { className: "wbi-soft" }, "It is part of the prompt: nobody chose it."), edits);
+      fill(this.origin, title, element("p", { className: "wbi-soft" }, "It is part of the prompt: nobody chose it."), edits);
       return;
     }
     if (!seen.alternatives) {
-      this.origin.replaceChildren(title, element("p", { className: "wbi-missing" }, `Alternatives not recorded: ${seen.how.alternatives}.`), edits);
+      fill(this.origin, title, missing("alternatives", seen.how.alternatives), edits);
       return;
     }
     const most = Math.max(...seen.alternatives.map(([, , before, after]) => Math.max(before ?? 0, after ?? 0)), 1e-9);
@@ -184,13 +183,13 @@ class InspectorView extends View {
     };
     const rows = seen.alternatives.map(([id, text, before, after]) => element("tr", { className: id === seen.id ? "wbi-current" : "" },
       element("td", {}, element("code", {}, visible(text)), id === seen.id ? " \u2713" : ""), bar(before, "before"), bar(after, "after")));
-    this.origin.replaceChildren(title, element("table", {}, element("tr", {}, ["token", "model", "after sampling"].map((name) => element("th", {}, name))), rows), edits);
+    fill(this.origin, title, element("table", {}, element("tr", {}, ["token", "model", "after sampling"].map((name) => element("th", {}, name))), rows), edits);
   }
 
   drawLayers() {
     const most = Math.max(...this.routed.map((each) => Math.abs(each.margin ?? 0)), 1e-9);
     this.layers.setAttribute("aria-label", "Layers. Arrows go through them.");
-    this.layers.replaceChildren(...this.routed.map((each) => {
+    fill(this.layers, ...this.routed.map((each) => {
       const stick = element("i", { className: each.margin < 0 ? "wbi-stick wbi-below" : "wbi-stick" });
       stick.style.height = `${Math.max(3, 100 * Math.sqrt(Math.abs(each.margin ?? 0) / most))}%`;
       return element("div", { className: "wbi-column", role: "option", "data-layer": each.layer, title: each.sentence,
@@ -208,10 +207,10 @@ class InspectorView extends View {
     const head = names.map((name) => element("th", {}, name));
     const focus = this.table.contains(document.activeElement) ? document.activeElement.dataset.action : null;
     if (this.editable) head.push(element("th", { className: "wbi-actions" }, "edit for ", this.scope, " bias by ", this.amount));
-    const table = element("table", {}, element("tr", {}, head), shown.map((expert) => this.row(layer, expert)));
-    const missing = layer.lens ? null : element("p", { className: "wbi-missing" }, `What each expert pushes towards not recorded: ${seen.how.lens}.`);
+    const table = element("table", { className: layer.lens || this.editable ? "" : "wbi-plain" }, element("tr", {}, head), shown.map((expert) => this.row(layer, expert)));
+    const unknown = layer.lens ? null : missing("what each expert pushes towards", seen.how.lens);
     this.asked ??= element("p", { className: "wbi-soft" });
-    this.table.replaceChildren(element("h4", { className: "wbi-heading" }, "Experts"), table, missing, this.editable ? this.asked : null);
+    fill(this.table, element("h4", { className: "wbi-heading" }, "Experts"), table, unknown, this.editable ? this.asked : null);
     if (focus) this.table.querySelector(`[data-action="${focus}"]`)?.focus();
   }
 
@@ -239,7 +238,7 @@ class InspectorView extends View {
   drawSides(layer) {
     const title = element("h4", { className: "wbi-heading" }, "Shared and routed experts");
     if (layer.routed === null && layer.shared === null) {
-      this.parts.replaceChildren(title, element("p", { className: "wbi-missing" }, `Not recorded: ${this.seen.how.parts}.`));
+      fill(this.parts, title, missing("lengths", this.seen.how.parts));
       return;
     }
     const most = Math.max(layer.routed ?? 0, layer.shared ?? 0, 1e-9);
@@ -248,8 +247,8 @@ class InspectorView extends View {
       stick.style.width = `${(120 * (value ?? 0)) / most}px`;
       return element("tr", {}, element("th", {}, name), element("td", { className: "wbi-share-cell" }, stick, element("span", {}, value === null ? "none" : figure(value))));
     };
-    const cosine = layer.cosine === null ? "" : `Cosine between the two: ${figure(layer.cosine)}${Math.abs(layer.cosine) < 0.1 ? ", almost at right angles" : layer.cosine > 0 ? ", they pull the same way" : ", they pull against each other"}.`;
-    this.parts.replaceChildren(title, element("table", {}, row("routed", layer.routed), row("shared", layer.shared)),
+    const cosine = layer.cosine === null ? "" : `Cosine between the two: ${figure(layer.cosine)}${Math.abs(layer.cosine) < 0.2 ? ", almost at right angles" : layer.cosine > 0 ? ", partly the same way" : ", partly against each other"}.`;
+    fill(this.parts, title, element("table", {}, row("routed", layer.routed), row("shared", layer.shared)),
       element("p", { className: "wbi-soft" }, `Length of what each adds to the residual stream. ${cosine}`));
   }
 }

@@ -9,7 +9,7 @@ import numpy as np
 from workbench.edits import Ablate, Bias, Edit, Force, describe
 from workbench.errors import RequestError, WorkbenchError
 from workbench.widgets.inspection import Inspection, RoutedLayer, as_html, as_text
-from workbench.widgets.view import View, joined, short
+from workbench.widgets.view import View, script, short
 
 if TYPE_CHECKING:
     from workbench.widgets.selection import Selection
@@ -25,8 +25,8 @@ class TokenInspector(View):
     for, so a slow source holds up neither the page nor the kernel: `wait` is how a script waits for it.
     """
 
-    _esm = joined("view.js", "router.js", "inspector.js")
-    _css = joined("view.css", "inspector.css")
+    _esm = script("view.js", "router.js", "inspector.js")
+    _css = script("view.css", "inspector.css")
 
     def __init__(
         self,
@@ -46,8 +46,10 @@ class TokenInspector(View):
 
     # What the reader does, as methods
 
-    def open(self, token: int) -> Inspection:
+    def open(self, token: int | None = None) -> Inspection | None:
         """Asks the source for token number `token` and shows it. RequestError if there is no such token."""
+        if token is None:  # how ipywidgets opens the wire of a widget when it is made
+            return super().open()
         if self.source is None:
             raise RequestError("this inspector has no source of tokens; give it one, or show(inspection).")
         inspection = self.source(token)

@@ -8,7 +8,7 @@ import traitlets
 
 from workbench.errors import RequestError
 from workbench.widgets.selection import Selection
-from workbench.widgets.view import HERE, View
+from workbench.widgets.view import View, script
 
 HALVES = re.compile("[\ud800-\udfff]")  # halves of surrogate pairs: UTF-8, and so the wire, cannot hold them
 
@@ -21,7 +21,7 @@ class LiveView(View):
     Whoever changes what that says holds `_lock` until the news are told, so no page misses or repeats a token.
     """
 
-    _css = HERE / "routing.css"
+    _css = script("view.css", "routing.css")
 
     token = traitlets.Int(-1, min=-1).tag(sync=True)
     layer = traitlets.Int(-1, min=-1).tag(sync=True)

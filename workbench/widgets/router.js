@@ -64,7 +64,7 @@ export class Bars {
     this.log = false;
     this.prefix = `wbi-${Math.random().toString(36).slice(2)}`;
     this.groupButton = this.toggle("By group", "Experts in their groups instead of best first", (on) => (this.byGroup = on));
-    this.logButton = this.toggle("Log scale", "Every tenth of a score is a step of the same height", (on) => (this.log = on));
+    this.logButton = this.toggle("Log scale", "Equal ratios are equal heights: small scores can be told apart", (on) => (this.log = on));
     this.title = element("h4", { className: "wbi-heading" });
     this.top = element("span", { className: "wbi-top" });
     this.plot = element("div", { className: "wbi-bars", role: "listbox", tabIndex: 0, "aria-orientation": "horizontal" });
@@ -113,11 +113,13 @@ export class Bars {
     const byGroup = this.byGroup && all && routed.grouped;
     this.order = byGroup ? [...routed.scores.keys()] : routed.ranked;
     this.most = Math.max(...this.order.map(routed.height), 1e-9);
+    const least = Math.min(...this.order.map(routed.height).filter((score) => score > 0));
+    this.least = Math.max(least, this.most / 1e5) / 1.5; // so that the smallest can be seen too
     this.dense = this.order.length > 80;
-    this.top.textContent = figure(this.most);
+    this.top.textContent = this.log && all ? `${figure(this.most)}, down to ${figure(this.least)} at the foot` : figure(this.most);
     this.plot.setAttribute("aria-label", `${this.title.textContent}, ${byGroup ? "by group" : "best first"}. Left and right arrows go through them.`);
     this.plot.className = `wbi-bars${this.dense ? " wbi-dense" : ""}${byGroup ? " wbi-by-group" : ""}${all ? "" : " wbi-few"}`;
-    this.plot.replaceChildren(...(byGroup ? this.inGroups() : this.inOrder()));
+    fill(this.plot, ...(byGroup ? this.inGroups() : this.inOrder()));
     const bar = this.plot.querySelector("[aria-selected=true]");
     if (bar) this.plot.setAttribute("aria-activedescendant", bar.id);
     else this.plot.removeAttribute("aria-activedescendant");
@@ -150,8 +152,7 @@ export class Bars {
 
   share(score) {
     if (!this.log) return Math.max(0, score / this.most);
-    const decades = 4;
-    return Math.max(0, 1 + Math.log10(Math.max(score, 1e-12) / this.most) / decades);
+    return Math.max(0, Math.log(Math.max(score, 1e-30) / this.least) / Math.log(this.most / this.least));
   }
 
   bar(expert) {
@@ -181,26 +182,26 @@ export class Bars {
   explain(all) {
     const { routed, notes, legend, strip } = this;
     const marks = all ? new Set(this.order.map((expert) => routed.mark(expert))) : new Set();
-    legend.replaceChildren(...Object.keys(MARKS).filter((mark) => marks.has(mark)).map((mark) =>
+    fill(legend, ...Object.keys(MARKS).filter((mark) => marks.has(mark)).map((mark) =>
       element("span", {}, element("i", { className: `wbi-key wbi-${mark}` }, element("i", { className: "wbi-stick" })), MARKS[mark])));
-    strip.replaceChildren(...this.drawGroups());
+    fill(strip, ...this.drawGroups());
     const lines = [];
-    if (!all) lines.push(element("p", { className: "wbi-missing" }, `Scores of the other experts not recorded: ${this.how.scores}.`));
+    if (!all) lines.push(missing("scores of the other experts", this.how.scores));
     if (routed.margin !== null) lines.push(element("p", {}, this.cutLine()));
     const over = routed.passedOver;
     if (over.length) {
       const named = over.slice(0, 8).map((expert) => `${expert} (${figure(routed.scores[expert])})`).join(", ");
       lines.push(element("p", {}, `Grey although they score above the weakest chosen, because their group was dropped: ${named}${over.length > 8 ? ` and ${over.length - 8} more` : ""}.`));
     }
-    notes.replaceChildren(...lines);
+    fill(notes, ...lines);
   }
 
   cutLine() {
     const { routed } = this;
     const { margin, runnerUp } = routed;
     const over = margin < 0 ? "An edit forced the choice: the weakest chosen lies" : "The weakest chosen lies";
-    const best = runnerUp === undefined ? "the best one left out" : `${runnerUp}, the best one left out`;
-    const ratio = routed.scores && margin > 0 ? `, ${figure((100 * margin) / (routed.scores[runnerUp] + margin))} % of its own score` : "";
+    const best = runnerUp === undefined ? "the best one left out" : `expert ${runnerUp}, the best one left out`;
+    const ratio = routed.scores && margin > 0 ? `, ${percent(margin / (routed.scores[runnerUp] + margin))} of its own score` : "";
     return `${over} ${figure(Math.abs(margin))} ${margin < 0 ? "below" : "above"} ${best}${ratio}.`;
   }
 

@@ -29,16 +29,14 @@ const RAMPS = {
   dark: [[28, 52, 82], [30, 88, 140], [52, 132, 196], [118, 182, 230], [214, 236, 255]],
 };
 
-/** Colours that suit the page around `root`; `ramp(x)` from 0 (least) to 1. */
+/** Colours that suit the page around `root`, in which `quiet` is an element of softer text. */
 class Palette {
-  constructor(root) {
-    const style = getComputedStyle(root);
-    this.ink = style.color;
-    this.paper = style.backgroundColor;
-    const [red, green, blue] = parts(this.paper);
+  constructor(root, quiet) {
+    const { color, backgroundColor } = getComputedStyle(root);
+    const [red, green, blue] = parts(backgroundColor);
     this.dark = 0.299 * red + 0.587 * green + 0.114 * blue < 128;
-    const soft = style.getPropertyValue("--wbr-soft-now");
-    this.soft = soft || (this.dark ? "#a6adb5" : "#5d6670");
+    this.ink = color;
+    this.soft = getComputedStyle(quiet).color;
     this.accent = "#e69f00";
     this.stops = RAMPS[this.dark ? "dark" : "light"];
     this.cell = this.dark ? "rgb(255 255 255 / 6%)" : "rgb(0 0 0 / 4.5%)";
@@ -53,6 +51,7 @@ class Palette {
     return this.stops[low].map((part, n) => Math.round(part + (this.stops[low + 1][n] - part) * (place - low)));
   }
 
+  /** From 0, the least, to 1. */
   ramp = (share) => `rgb(${this.rgb(share).join(" ")})`;
 
   /** Black or white, whichever is read on `ramp(share)`. */
@@ -98,13 +97,16 @@ class Tip {
   }
 }
 
-/** Two significant digits, for numbers that came in 8 bits; `exact` ones get three decimals. */
+/** A number that came in 8 bits as two significant digits; an `exact` one from 0.1 on with three decimals. */
 function short(value, exact = false) {
   if (Number.isNaN(value)) return "\u2013";
   const size = Math.abs(value);
-  const text = exact ? figure(value) : size !== 0 && size < 0.0001 ? "<0.0001" : String(Number(value.toPrecision(2)));
+  if (size !== 0 && size < 0.0001) return "<0.0001";
+  const text = exact && size >= 0.1 ? value.toFixed(3) : value.toLocaleString("en", { maximumSignificantDigits: size >= 10 ? 3 : 2, maximumFractionDigits: 20 });
   return text.replace("-", "\u2212");
 }
+
+const number = (value) => value.toLocaleString("en");
 
 /** A View that shares token, layer and expert with others through three traits, and redraws when it is seen again. */
 class LiveView extends View {

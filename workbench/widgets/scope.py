@@ -26,7 +26,7 @@ class RoutingScope(LiveView):
     """Layers down, experts across. Shows a Trace, or an answer that grows: `reset` once, then `push`.
 
     mode   "token": what the token chose, brighter for larger gates · "answer": how often each expert was chosen
-    weigh  what the heat of the answer counts: "count" of tokens, or the sum of their "gate"s
+    by  what the heat of the answer counts: "count" of tokens, or the sum of their "gate"s
 
     The browser gets gates and margins in 8 bits each and asks for the exact ones of the token it stays at.
     """
@@ -34,7 +34,7 @@ class RoutingScope(LiveView):
     _esm = script("view.js", "routing.js", "grid.js", "scope.js")
 
     mode = traitlets.Enum(("token", "answer"), "token").tag(sync=True)
-    weigh = traitlets.Enum(("count", "gate"), "count").tag(sync=True)
+    by = traitlets.Enum(("count", "gate"), "count").tag(sync=True)
 
     def __init__(
         self,
@@ -93,15 +93,15 @@ class RoutingScope(LiveView):
             }
         )
 
-    def heat(self, weigh: str | None = None) -> pd.DataFrame:
+    def heat(self, by: str | None = None) -> pd.DataFrame:
         """Layers down, experts across: by how many tokens each was chosen, or with "gate" the sum of their gates."""
-        weigh = self.weigh if weigh is None else weigh
+        by = self.by if by is None else by
         experts = self._experts.values
         _, row, _ = np.nonzero(experts >= 0)
         used = experts >= 0
         flat = row * self.geometry.n_experts + experts[used]
         shape = len(self.geometry.layers), self.geometry.n_experts
-        weights = self._gates.values[used] if weigh == "gate" else None
+        weights = self._gates.values[used] if by == "gate" else None
         values = np.bincount(flat, weights, shape[0] * shape[1]).reshape(shape)
         return pd.DataFrame(values, pd.Index(self.geometry.layers, name="layer"), pd.RangeIndex(shape[1], name="expert"))
 
@@ -189,7 +189,7 @@ class RoutingScope(LiveView):
         caption = f"<p>{escape(said)}: {escape(str(self.geometry))}</p>"
         if not len(self) or not self.geometry.layers:
             return caption, None
-        unit = "tokens" if self.weigh == "count" else "sum of gates"
-        title = f"{said}: how often each expert was chosen" + (", by gate" if self.weigh == "gate" else "")
+        unit = "tokens" if self.by == "count" else "sum of gates"
+        title = f"{said}: how often each expert was chosen" + (", by gate" if self.by == "gate" else "")
         png = picture.heat(self.heat().to_numpy(), self.geometry.layers, self.geometry.n_group, title, unit)
         return caption + self.load().to_html(float_format="{:.3g}".format), png

@@ -7,9 +7,17 @@ export function element(tag, properties = {}, ...children) {
     if (name in made) made[name] = value;
     else made.setAttribute(name, value);
   }
-  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  fill(made, ...children);
   return made;
 }
+
+/** `node` with these children in place of those it had. */
+export function fill(node, ...children) {
+  node.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined));
+}
+
+/** What stands in the place of a part that nobody recorded. */
+export const missing = (part, how) => element("p", { className: "wbv-missing" }, element("b", {}, `${part} not recorded`), ` ${how}`);
 
 /** A token as text in which spaces and line breaks can be seen. */
 export function visible(text) {
@@ -43,7 +51,6 @@ export class View {
     this.ended = new AbortController();
     this.notice = element("div", { className: "wbv-error", role: "alert", hidden: true });
     this.said = element("div", { className: "wbv-hidden", role: "status" });
-    root.classList.add("wbv");
     this.build();
     this.onMessage = (message, buffers) => this.hear(message, buffers ?? []);
     model.on("msg:custom", this.onMessage);

@@ -12,7 +12,7 @@ from workbench.errors import WorkbenchError
 HERE = Path(__file__).parent
 
 
-def joined(*names: str) -> str:
+def script(*names: str) -> str:
     """These files as one, in this order: a widget has no import paths of its own."""
     return "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
 
