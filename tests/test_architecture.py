@@ -26,8 +26,8 @@ FLOORS = {
     4: ["model"],
     3: ["experts"],
     2: ["ops", "lens"],
-    1: ["cache", "rope", "sampling", "tokenizer", "trace", "tracefile", "meter", "machine"],
-    0: ["errors", "config", "probe", "formats"],
+    1: ["cache", "rope", "sampling", "tokenizer", "trace", "tracefile", "recorder", "editcheck", "editing", "ring", "machine"],
+    0: ["errors", "config", "probe", "edits", "formats"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 CORE = range(7)  # runs in a script, a server or a test: no notebook needed
@@ -64,7 +64,7 @@ MAX_NOTEBOOK = 300_000  # bytes
 # where an error of any kind is carried to another thread and raised there again
 CARRIES_ERRORS = {"workbench/session.py"}
 
-IMPORT_NAME = {"huggingface-hub": "huggingface_hub"}
+IMPORT_NAME = {"huggingface-hub": "huggingface_hub", "pillow": "PIL"}
 CARD = "jupyterlab ipywidgets torch triton safetensors plotly pandas tokenizers nbmake pytest".split()
 
 # brackets, so that this file does not find itself

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from workbench.chat import Prompt, render
-from workbench.editing import check
+from workbench.editcheck import check
 from workbench.edits import Edit
 from workbench.errors import RequestError, WorkbenchError
 from workbench.sampling import Sampling

@@ -161,7 +161,7 @@ def _array(path: Path, column: pa.ChunkedArray, name: str, shape: tuple[int, int
             raise RequestError(
                 f"{path}: a token's {name} are not {shape[0]} layers x {shape[1]}; another program changed it."
             )
-        out[start : start + len(chunk)][read] = np.asarray(flat).reshape(-1, *shape)
+        out[start : start + len(chunk)][read] = np.asarray(flat).reshape(len(lengths), *shape)
         start += len(chunk)
     return out
 

@@ -9,14 +9,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from workbench.errors import RequestError
+from workbench.lens.labelled import Units, labelled, under_two_labels, units_of
 from workbench.lens.null import adjusted
-from workbench.trace import PHASES, Trace
+from workbench.trace import Trace
 
 HELD = 1 << 22  # numbers of shuffled counts held at once: 32 MB
 
@@ -33,11 +33,10 @@ def affinity(
     """
     if by not in ("count", "gate"):
         raise RequestError(f"by must be 'count' or 'gate'; got {by!r}.")
-    read = _read(trace, labels, phase)
+    read = labelled(trace, labels, phase)
     used = read.experts >= 0
     weights = read.gates if by == "gate" else used / np.maximum(used.sum(2, keepdims=True), 1)
-    use = _counts(read.sequence, read.experts, weights, len(read.label), trace.n_experts)
-    use /= np.bincount(read.sequence)[:, None, None]
+    use = read.sums(read.sequence, weights) / np.bincount(read.sequence)[:, None, None]
     rows = np.concatenate([use[read.label == c].mean(0) for c in range(len(read.names))])
     index = pd.MultiIndex.from_product([read.names, trace.layers], names=["label", "layer"])
     return pd.DataFrame(rows, index=index, columns=pd.RangeIndex(trace.n_experts, name="expert"))
@@ -53,13 +52,16 @@ class Specialisation:
                  null_low, null_high  95 % of the shuffles
                  effect, effect_sd    observed - null, in bits and in standard deviations of the null
                  low, high            95 % bootstrap interval of the effect
-                 p, q                 share of shuffles that reach the observed value, itself counted among them; q: over
-                                      all rows (Benjamini and Hochberg)
+                 p                    share of shuffles that reach the observed value, itself counted among them
+                 q                    p corrected for the number of rows (Benjamini and Hochberg)
     overall    the same of the mean over layers, without q
-    experts    a row a layer and expert: the share of the tokens of each label that it read; most, least: the labels
-               where that is highest and lowest; difference of these two; h: Cohen's 2 asin sqrt(a) - 2 asin sqrt(b)
-               (1988: 0.2 is small, 0.5 medium, 0.8 large); p: shuffles in which the largest h of this expert reaches it;
-               q: over all rows. p is never below 1 / (rounds + 1): where few of many experts differ, q takes more rounds
+    experts    a row a layer and expert:
+                 one column a label   share of its tokens that the expert read
+                 most, least          the labels where that is highest and lowest; difference: of these two
+                 h                    Cohen's effect size of it, 2 asin sqrt(a) - 2 asin sqrt(b): 0.2 is small, 0.5
+                                      medium, 0.8 large (Cohen 1988)
+                 p, q                 as above, for h. p is never below 1 / (rounds + 1), so where few of many experts
+                                      differ, q below 0.05 takes more rounds
     labels     sequences of each label
     most_bits  what an expert that knew the label would say: the entropy of the label
     least_p    the smallest p that so many sequences and rounds could give
@@ -119,10 +121,10 @@ def specialisation(
     unit     what is shuffled. "sequence" is right: a label belongs to a whole text. "token" is wrong, and here to show
              it: tokens of one text share its words and its context, so any two texts differ by more than so many
              unrelated tokens would, and shuffling tokens takes that for an effect of the label
-    control  "token": does the label still say something once the token is known? Languages and domains use other words,
-             and experts follow words. Only tokens of the vocabulary that occur under two labels or more are counted, and
-             `observed` is the divergence (bits) of the experts of a label from what its tokens alone predict, which is
-             each token's experts pooled over all labels: indirect standardisation. It errs to the safe side: what is
+    control  "token": does the label still say something once the token is known? Languages and domains use other
+             words, and experts follow words. Only tokens of the vocabulary that occur under two labels or more count,
+             and `observed` is the divergence (bits) of the experts of a label from what its tokens alone predict, which
+             is each token's experts pooled over all labels: indirect standardisation. It errs to the safe side: what is
              nearly one label's own token counts as explained, and what the label does to one token and undoes to
              another cancels
     phase    "prefill" or "decode" alone
@@ -140,16 +142,16 @@ def specialisation(
         raise RequestError("control='token' compares texts: use it with unit='sequence'.")
     if rounds < 20:
         raise RequestError(f"rounds must be 20 or more, to know how far shuffles vary; got {rounds}.")
-    read = _read(trace, labels, phase)
+    read = labelled(trace, labels, phase)
     if control:
-        read = _under_two_labels(read)
+        read = under_two_labels(read)
     sizes = np.bincount(read.label, minlength=len(read.names))
     if len(sizes) < 2 or sizes.min() < 2:
         have = ", ".join(f"{name} ({size})" for name, size in zip(read.names, sizes)) or "none"
         raise RequestError(
             f"needs two labels or more, each of two sequences or more, that were read; there are: {have}."
         )
-    units = _units(read, trace.n_experts, unit, control)
+    units = units_of(read, unit, control)
     random = np.random.default_rng(seed)
     hot = np.eye(len(sizes))[units.label].T  # [C, U]
 
@@ -187,94 +189,7 @@ def shuffled(labels: Sequence[str], seed: int = 0) -> list[str]:
     return [labels[n] for n in np.random.default_rng(seed).permutation(len(labels))]
 
 
-class _Read(NamedTuple):
-    """The tokens that were read, of sequences that have a label, renumbered from 0."""
-
-    names: list[str]  # C
-    label: np.ndarray  # [S], numbers of names
-    sequence: np.ndarray  # [N]
-    ids: np.ndarray  # [N]
-    experts: np.ndarray  # [N, L, K]
-    gates: np.ndarray  # [N, L, K]
-
-    def only(self, tokens: np.ndarray) -> "_Read":
-        """Without the other tokens [N] bool, and without sequences and labels of which none is left."""
-        kept, sequence = np.unique(self.sequence[tokens], return_inverse=True)
-        which, label = np.unique(self.label[kept], return_inverse=True)
-        names = [self.names[n] for n in which]
-        return _Read(names, label, sequence, self.ids[tokens], self.experts[tokens], self.gates[tokens])
-
-
-class _Units(NamedTuple):
-    """What is shuffled. expected: what the tokens alone predict; None: the same for all, the pooled counts."""
-
-    label: np.ndarray  # [U]
-    tokens: np.ndarray  # [U]
-    observed: np.ndarray  # [U, L, E] choices
-    expected: np.ndarray | None
-
-
-def _read(trace: Trace, labels: Sequence[str | None] | None, phase: str | None) -> _Read:
-    if phase not in (None, *PHASES):
-        raise RequestError(f"phase must be 'prefill', 'decode' or None; got {phase!r}.")
-    sequences = trace.header["sequences"]
-    if labels is None:
-        labels = [sequence.get("label") for sequence in sequences]
-        if None in labels:
-            raise RequestError(
-                f"sequence {labels.index(None)} has no label in the trace: give labels=, one a sequence, "
-                "None for those to leave out."
-            )
-    if len(labels) != len(sequences):
-        raise RequestError(f"{len(labels)} labels for {len(sequences)} sequences: give one each.")
-    names = sorted({label for label in labels if label is not None}, key=str)
-    label = np.array([-1 if each is None else names.index(each) for each in labels], int)
-    sequence = trace.tokens["sequence"].to_numpy()
-    kept = (trace.experts >= 0).any((1, 2)) & (label[sequence] >= 0)
-    if phase:
-        kept &= (trace.tokens["phase"] == phase).to_numpy()
-    if not kept.any():
-        raise RequestError(f"no token of a sequence with a label was read{f' in {phase}' if phase else ''}.")
-    every = np.ones(len(trace), bool)
-    read = _Read(names, label, sequence, trace.tokens["id"].to_numpy(), trace.experts, trace.gates)
-    return read.only(every & kept)
-
-
-def _under_two_labels(read: _Read) -> _Read:
-    seen, token = np.unique(read.ids, return_inverse=True)
-    under = np.zeros((len(seen), len(read.names)), bool)
-    under[token, read.label[read.sequence]] = True
-    shared = under.sum(1)[token] >= 2
-    if not shared.any():
-        raise RequestError("no token of the vocabulary occurs under two labels: nothing is left to compare.")
-    return read.only(shared)
-
-
-def _units(read: _Read, experts: int, unit: str, control: str | None) -> _Units:
-    number, label = read.sequence, read.label
-    if unit == "token":
-        number, label = np.arange(len(read.sequence)), read.label[read.sequence]
-    used = (read.experts >= 0).astype(float)
-    observed = _counts(number, read.experts, used, len(label), experts)
-    expected = None
-    if control == "token":
-        seen, token = np.unique(read.ids, return_inverse=True)
-        has = np.zeros((len(label), len(seen)))  # how often each text has each token
-        np.add.at(has, (number, token), 1)
-        pooled = _counts(token, read.experts, used, len(seen), experts) / has.sum(0)[:, None, None]
-        expected = np.tensordot(has, pooled, 1)
-    return _Units(label, np.bincount(number).astype(float), observed, expected)
-
-
-def _counts(unit: np.ndarray, experts: np.ndarray, weights: np.ndarray, units: int, count: int) -> np.ndarray:
-    """Sums [U, L, E] of weights [N, L, K] by unit [N] and expert [N, L, K]; weights of unused slots are 0."""
-    cell = unit[:, None, None] * count + np.maximum(experts, 0)
-    layers = range(experts.shape[1])
-    flat = [np.bincount(cell[:, n].ravel(), weights[:, n].ravel(), units * count) for n in layers]
-    return np.stack(flat, 1).reshape(units, count, -1).transpose(0, 2, 1).copy()
-
-
-def _rounds(make: Callable[[], np.ndarray], rounds: int, units: _Units) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _rounds(make: Callable[[], np.ndarray], rounds: int, units: Units) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """`_measured` of `rounds` weightings [C, U] of the units, as many at once as may be held."""
     labels, many = make().shape
     size = max(1, HELD // (labels * max(many, math.prod(units.observed.shape[1:]))))
@@ -282,7 +197,7 @@ def _rounds(make: Callable[[], np.ndarray], rounds: int, units: _Units) -> Itera
         yield _measured(np.stack([make() for _ in range(min(size, rounds - start))]), units)
 
 
-def _measured(hot: np.ndarray, units: _Units) -> tuple[np.ndarray, np.ndarray]:
+def _measured(hot: np.ndarray, units: Units) -> tuple[np.ndarray, np.ndarray]:
     """Bits [R, L] and each expert's share of the tokens of a label [R, C, L, E], for weightings hot [R, C, U]."""
 
     def of_labels(counts: np.ndarray) -> np.ndarray:
@@ -340,6 +255,6 @@ def _table(names: list[str], layers: tuple[int, ...], rates: np.ndarray, h: np.n
 
 
 def _rarest(sizes: list[int]) -> float:
-    """Chance that shuffled labels divide the units as they were: in groups of these sizes, whatever these are called."""
+    """Chance that a shuffle divides the units as they were, into groups of these sizes, whatever these are called."""
     same = [*sizes, *Counter(sizes).values()]
     return math.exp(sum(math.lgamma(n + 1) for n in same) - math.lgamma(sum(sizes) + 1))

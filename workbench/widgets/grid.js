@@ -36,7 +36,9 @@ class Layout {
   }
 }
 
-/** Draws one view of `picture`: {facts, token: choice | null, heat, top, cursor, selected, hover, focused}. */
+/** The grid as an element. What it draws is a `picture`: {facts, cursor, selected, hover: {row, expert} with -1 for none,
+ * sideHead, at(row, expert) -> {share: 0 to 1 | null, rank: number | null}, side(row) -> {share, text} for the bar
+ * beside the row, keptIn(row) -> a Set of groups | null}. */
 class Grid {
   constructor(open) {
     this.canvas = element("canvas", { className: "wbr-canvas", role: "img" });
@@ -202,7 +204,7 @@ class Grid {
     };
     if (picture.hover) frame(picture.hover, palette.soft, 1.5, []);
     frame(picture.selected, palette.accent, 2.5, []);
-    if (picture.focused) frame(picture.cursor, palette.ink, 1.5, [3, 2]);
+    frame(picture.cursor, palette.ink, 1.5, [3, 2]);
   }
 
   sides(x, dy) {

@@ -102,7 +102,7 @@ function short(value, exact = false) {
   if (Number.isNaN(value)) return "\u2013";
   const size = Math.abs(value);
   if (size !== 0 && size < 0.0001) return "<0.0001";
-  const text = exact && size >= 0.1 ? value.toFixed(3) : value.toLocaleString("en", { maximumSignificantDigits: size >= 10 ? 3 : 2, maximumFractionDigits: 20 });
+  const text = exact && size >= 0.1 ? value.toFixed(3) : value.toLocaleString("en", { maximumSignificantDigits: size >= 10 ? 3 : 2 });
   return text.replace("-", "\u2212");
 }
 
@@ -139,11 +139,6 @@ class LiveView extends View {
     for (const [name, value] of Object.entries(changes)) this.model.set(name, value);
     this.model.save_changes();
     this.drawSoon();
-  }
-
-  /** The row of the layer that is looked at; the first one where none is. */
-  get row() {
-    return Math.max(0, this.facts.layers.indexOf(this.get("layer")));
   }
 
   close() {

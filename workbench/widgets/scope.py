@@ -31,7 +31,7 @@ class RoutingScope(LiveView):
     The browser gets gates and margins in 8 bits each and asks for the exact ones of the token it stays at.
     """
 
-    _esm = script("view.js", "routing.js", "grid.js", "scope.js")
+    _esm = script("view.js", "routing.js", "answer.js", "grid.js", "scope.js")
 
     mode = traitlets.Enum(("token", "answer"), "token").tag(sync=True)
     by = traitlets.Enum(("count", "gate"), "count").tag(sync=True)

@@ -1,18 +1,10 @@
-"""Checks for the exercises in the notebooks: they try what was written and say where it differs."""
+"""Exercises about sampling."""
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
-
-class Feedback(NamedTuple):
-    """Whether the exercise is solved, and one thing to do next."""
-
-    passed: bool
-    text: str
-
-    def __repr__(self) -> str:
-        return f"{'Solved' if self.passed else 'Not yet'}. {self.text}"
+from workbench.exercises.feedback import Feedback
 
 
 class Case(NamedTuple):
