@@ -26,8 +26,9 @@ FLOORS = {
     4: ["model"],
     3: ["experts"],
     2: ["ops", "lens"],
-    1: ["cache", "rope", "sampling", "tokenizer", "trace", "tracefile", "recorder", "editcheck", "editing", "ring", "machine"],
-    0: ["errors", "config", "probe", "edits", "formats"],
+    1: ["cache", "rope", "sampling", "tokenizer", "trace", "tracefile", "recorder", "edits", "editcheck", "editing", "ring",
+        "machine"],  # fmt: skip
+    0: ["errors", "config", "probe", "formats"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 CORE = range(7)  # runs in a script, a server or a test: no notebook needed

@@ -10,6 +10,7 @@ import torch
 from workbench.__main__ import main
 from workbench.benchmarks import cpu
 from workbench.benchmarks.cpu import Result, Row, Workload
+from workbench.benchmarks.measure import SHAPES
 from workbench.checkpoint import Random, open_model, save
 from workbench.config import Config
 from workbench.errors import RequestError
@@ -83,7 +84,7 @@ def test_what_cannot_be_measured_is_refused(wrong):
 
 def test_the_shapes_are_about_the_size_they_are_called():
     for name, millions in (("28m", 28), ("200m", 200)):
-        assert cpu.SHAPES[name].parameters().total / 1e6 == pytest.approx(millions, rel=0.1)
+        assert SHAPES[name].parameters().total / 1e6 == pytest.approx(millions, rel=0.1)
 
 
 def test_a_ratio_is_of_medians_and_judged_against_the_target():

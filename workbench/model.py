@@ -282,12 +282,12 @@ class Model(nn.Module):
         """
         self._check(tokens, cache)
         new = tokens.shape[1]
-        positions = torch.arange(new)[None]
+        positions = torch.arange(new).expand(tokens.shape)
         if cache is not None:
             cache.reserve(new)
             positions = positions + torch.tensor(cache.lengths)[:, None]
         rotations = self.rope.at(positions.to(self.device))  # [B, T, R/2]
-        probe = probe.begin(self.config, positions.expand(tokens.shape), self.dtype)
+        probe = probe.begin(self.config, positions, self.dtype)
         x = probe("embed", nn.functional.embedding(tokens.to(self.device), self.embedding))
         for block in self.blocks:
             x = block(x, rotations, cache, probe)

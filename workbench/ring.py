@@ -1,7 +1,8 @@
 """The static routing recorder: ids, gates and margins of every token, written into tensors that are there beforehand.
 
 A pass only writes; the host reads later, when somebody asks or room is needed, so generation never waits for it and a
-captured graph can contain it. L layers with experts, B batch, T new tokens, K chosen.
+captured graph can contain it. On a CPU, where each write would cost as much as a small layer, passes are kept as they are
+and written some at a time. L layers with experts, B batch, T new tokens, K chosen.
 """
 
 import threading
@@ -14,6 +15,8 @@ from workbench.config import Config
 from workbench.probe import Probe
 
 CAPACITY = 1024  # tokens
+TOGETHER = 32  # tokens that are written at once where passes are kept
+TAKEN = ("moe.experts", "moe.gates", "moe.scores")
 
 
 class Routing(NamedTuple):
@@ -81,8 +84,10 @@ class RoutingRing(Probe):
         self._lock = threading.RLock()
         self._logs: list[RoutingLog] = []
         self._owed: list[tuple[int, int, list[RoutingLog]]] = []  # first row, tokens a sequence, one log a sequence
-        self._written = 0
-        self._passing: tuple[list, list, list] = ([], [], [])
+        self._passing: dict[str, list[torch.Tensor]] = {}  # site -> one tensor a layer
+        self._kept: list[dict[str, list[torch.Tensor]]] = []  # passes of one shape that are not in the rings yet
+        self._shape: tuple[int, ...] = ()
+        self._written = 0  # rows, those of the kept passes included
         self._resize(capacity)
 
     def log(self) -> RoutingLog:
@@ -98,38 +103,56 @@ class RoutingRing(Probe):
 
     def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
         assert len(self._logs) == len(positions), f"{len(self._logs)} logs for {len(positions)} sequences"
-        self._passing = ([], [], [])
-        self._taking = dict(zip(("moe.experts", "moe.gates", "moe.scores"), self._passing, strict=True))
-        self._shape = positions.shape
-        if self._written + positions.numel() > self.capacity:
+        self._passing = {site: [] for site in TAKEN}
+        if positions.shape != self._shape:
+            self._write()
+            self._shape = positions.shape
+        new = positions.numel()
+        if self._written + new > self.capacity:
             self.drain()
-            if positions.numel() > self.capacity:
-                self._resize(positions.numel())
+            if new > self.capacity:
+                self._resize(new)
         return self
 
     def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        taking = self._taking.get(site)
-        if taking is not None:
-            taking.append(x)
+        if site in self._passing:
+            self._passing[site].append(x)
         return x
 
-    @torch.no_grad()
     def end(self) -> None:
         if not self.layers:
             return
-        ids, gates, scores = (torch.stack(parts, 2).flatten(0, 1) for parts in self._passing)  # [B T, L, K or K + 1]
-        margins = scores[..., :-1] - scores[..., -1:]
+        if torch.is_grad_enabled():  # a kept pass must not keep a graph alive
+            self._passing = {site: [x.detach() for x in parts] for site, parts in self._passing.items()}
+        rows, tokens = self._shape
         with self._lock:
+            self._kept.append(self._passing)
+            self._owed.append((self._written, tokens, self._logs))
+            self._written += rows * tokens
+            if self.by_index or len(self._kept) * rows * tokens >= TOGETHER:
+                self._write()
+
+    def _write(self) -> None:
+        """The passes that are kept into the rings."""
+        with self._lock, torch.no_grad():
+            if not self._kept:
+                return
+            ids, gates, scores = (self._rows(site) for site in TAKEN)  # [passes B T, L, K or K + 1]
+            margins = scores[..., :-1] - scores[..., -1:]
             new = ids.shape[0]
             for ring, values in zip(self._rings, (ids, gates, margins), strict=True):
                 if self.by_index:
                     ring.index_copy_(0, self._cursor + self._count[:new], values.to(ring.dtype))
                 else:
-                    ring[self._written : self._written + new] = values
+                    ring[self._written - new : self._written] = values
             if self.by_index:
                 self._cursor += new
-            self._owed.append((self._written, self._shape[1], self._logs))
-            self._written += new
+            self._kept = []
+
+    def _rows(self, site: str) -> torch.Tensor:
+        whole = torch.cat([x for passing in self._kept for x in passing[site]])  # [passes L B, T, K]
+        each = whole.unflatten(0, (len(self._kept), len(self.layers), -1)).flatten(2, 3)  # [passes, L, B T, K]
+        return each.transpose(1, 2).flatten(0, 1)
 
     def drain(self) -> None:
         """Hands everything written so far to the logs."""
@@ -137,6 +160,7 @@ class RoutingRing(Probe):
             owed, written = self._owed, self._written
             if not owed:
                 return
+            self._write()
             ids, gates, margins = (ring[:written].to("cpu", copy=True) for ring in self._rings)
             experts = ids.to(torch.int16)
             experts[ids == self._unused] = -1

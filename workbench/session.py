@@ -307,7 +307,7 @@ class Conversation:
         stream = bench.engine.stream(
             job.messages, job.sampling, edits=job.edits, stop=self._stop, open_last=job.open_last
         )
-        turn.watched = stream.watched
+        turn.stream = stream
         try:
             self._emit(Event("started", turn))
             for step in stream:
@@ -326,7 +326,7 @@ class Conversation:
         finally:
             stream.close()
             with self._lock:
-                turn.watched, turn.trace = None, whole_trace(turn, stream.trace(), said)
+                turn.stream, turn.trace = None, whole_trace(turn, stream.trace(), said)
                 turn.stats = turn.stats | figures(stream.stats)
                 turn.finish = turn.finish or stream.stats.finish or "stopped"
             if stream.stats.tail:  # text that waited for what a stop cut off

@@ -6,6 +6,7 @@ layers, K, text that UTF-8 cannot hold) is JSON under "workbench.trace" in the m
 """
 
 import json
+import math
 import os
 import re
 import zlib
@@ -200,11 +201,11 @@ def _arrow_array(column: pd.Series, kind: type) -> pa.Array:
 
 def _lists(array: np.ndarray, empty: np.ndarray) -> pa.ChunkedArray:
     """[T, ...] as one list a token, null where `empty`. In chunks, because offsets are of 32 bits."""
-    flat = array.reshape(len(array), -1)
+    width = math.prod(array.shape[1:])
     chunks = []
-    for start in range(0, len(flat), ROWS):
-        mask, rows = empty[start : start + ROWS], flat[start : start + ROWS]
-        ends = np.concatenate([[0], np.cumsum(~mask) * flat.shape[1]]).astype(np.int32)
+    for start in range(0, len(array), ROWS):
+        rows, mask = array[start : start + ROWS], empty[start : start + ROWS]
+        ends = np.concatenate([[0], np.cumsum(~mask) * width]).astype(np.int32)
         values = pa.array(rows[~mask].ravel())
         chunks.append(pa.ListArray.from_arrays(pa.array(ends), values, mask=pa.array(mask)))
     return pa.chunked_array(chunks, pa.list_(_arrow(array.dtype)))

@@ -13,9 +13,9 @@ from workbench.errors import RequestError
 from workbench.sampling import Alternative, Sampling
 
 if TYPE_CHECKING:
+    from workbench.engine import Stream
     from workbench.tokenizer import Tokenizer
     from workbench.trace import Trace
-    from workbench.watching import Watched
 
 FIGURES = (
     "prompt_tokens", "reused_tokens", "prefilled_tokens", "prefill_seconds", "decode_seconds", "tokens",
@@ -65,7 +65,7 @@ class Turn:
     stats: dict = field(default_factory=dict, repr=False)
     settings: Sampling | None = field(default=None, repr=False)
     edits: tuple[Edit, ...] = field(default=(), repr=False)
-    watched: "Watched | None" = field(default=None, repr=False)  # while it is being answered
+    stream: "Stream | None" = field(default=None, repr=False)  # while it is being answered
     trace: "Trace | None" = field(default=None, repr=False)  # afterwards: prompt and reply, and where each token went
 
     @property

@@ -16,7 +16,7 @@ from workbench.model import Model
 from workbench.probe import OFF, Probe, both
 from workbench.recorder import Recorder
 from workbench.reply import Reply, Step
-from workbench.ring import RoutingLog, RoutingRing
+from workbench.ring import Routing, RoutingLog, RoutingRing
 from workbench.trace import Trace, new_header
 
 
@@ -97,47 +97,55 @@ class Watched:
             edits=[to_dict(edit) for edit in watch.edits],
             sequences=[known],
         )
-        return Trace(header, self._tokens(steps), watch.ring.layers, *self._routing(), scores=self._all_scores())
+        tokens = self.tokens(steps)
+        routing = Routing(*(part[: len(tokens)] for part in self.routing()))
+        return Trace(header, tokens, watch.ring.layers, *routing, scores=self._all_scores(len(tokens)))
 
-    def _tokens(self, steps: Sequence[Step]) -> pd.DataFrame:
-        tokens, prompt = self.reply.tokens, self.reply.stats.prompt_tokens
-        unknown = [float("nan")] * prompt
-        choices = [step.choice for step in steps]
+    def routing(self, start: int = 0) -> Routing:
+        """Of all tokens from position `start` on; the one that was generated last, which no pass has read, has none."""
+        rows = self.log.rows(start)
+        missing = max(0, len(self.reply.tokens) - start - len(rows.experts))
+        filling = ((0, missing), (0, 0), (0, 0))
+        return Routing(
+            np.pad(rows.experts, filling, constant_values=-1),
+            np.pad(rows.gates, filling),
+            np.pad(rows.margins, filling, constant_values=np.nan),
+        )
+
+    def tokens(self, steps: Sequence[Step], start: int = 0) -> pd.DataFrame:
+        """The rows of a trace for the tokens from position `start` on. `steps` may be growing in another thread."""
+        steps = list(steps)
+        prompt = self.reply.stats.prompt_tokens
+        places = range(start, prompt + len(steps))
+        own = [steps[place - prompt] if place >= prompt else None for place in places]
+        ids = self.reply.tokens[start : places.stop]
+        nan = float("nan")
+        measured = {
+            "logprob": [step.choice.logprob if step else nan for step in own],
+            "probability": [step.choice.probability if step else nan for step in own],
+            "entropy": [step.choice.entropy if step else nan for step in own],
+            "ms": [1000 * step.seconds if step else nan for step in own],
+        }
         return pd.DataFrame(
             {
-                "sequence": np.zeros(len(tokens), np.int32),
-                "position": np.arange(len(tokens), dtype=np.int32),
-                "id": np.array(tokens, np.int32),
-                "text": [self._piece(token) for token in tokens],
-                "phase": ["prefill"] * prompt + ["decode"] * len(steps),
-                "logprob": np.array(unknown + [choice.logprob for choice in choices], np.float32),
-                "probability": np.array(unknown + [choice.probability for choice in choices], np.float32),
-                "entropy": np.array(unknown + [choice.entropy for choice in choices], np.float32),
-                "ms": np.array(unknown + [1000 * step.seconds for step in steps], np.float32),
-                "cache_bytes": np.array([-1] * prompt + [step.cache_bytes for step in steps], np.int64),
+                "sequence": np.zeros(len(places), np.int32),
+                "position": np.arange(places.start, places.stop, dtype=np.int32),
+                "id": np.array(ids, np.int32),
+                "text": [self._piece(token) for token in ids],
+                "phase": ["decode" if step else "prefill" for step in own],
+                **{name: np.array(values, np.float32) for name, values in measured.items()},
+                "cache_bytes": np.array([step.cache_bytes if step else -1 for step in own], np.int64),
             }
         )
 
-    def _routing(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Filled up with what stands for "not read", for the token that was generated last."""
-        routing = self.log.rows()
-        missing = len(self.reply.tokens) - len(routing.experts)
-        filling = ((0, missing), (0, 0), (0, 0))
-        return (
-            np.pad(routing.experts, filling, constant_values=-1),
-            np.pad(routing.gates, filling),
-            np.pad(routing.margins, filling, constant_values=np.nan),
-        )
-
-    def _all_scores(self) -> np.ndarray | None:
+    def _all_scores(self, count: int) -> np.ndarray | None:
         if self._scores is None:
             return None
         layers = self._scores.layers_of("moe.router_probs")
         if not layers:
             return None
-        rows = torch.stack([self._scores["moe.router_probs", layer][0] for layer in layers], 1).cpu().numpy()
-        missing = len(self.reply.tokens) - len(rows)
-        return np.pad(rows, ((0, missing), (0, 0), (0, 0)), constant_values=np.nan)
+        rows = torch.stack([self._scores["moe.router_probs", layer][0] for layer in layers], 1).cpu().numpy()[:count]
+        return np.pad(rows, ((0, count - len(rows)), (0, 0), (0, 0)), constant_values=np.nan)
 
 
 class _Rows(Probe):

@@ -1,12 +1,14 @@
 """Every picture can also be read: as a table, as text, and without colours."""
 
 import json
+import re
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from workbench.errors import RequestError
-from workbench.widgets.figures import bars, lines
+from workbench.widgets.figures import COLUMNS, ROWS, bars, heat, lines
 from workbench.widgets.strip import Strip
 
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -18,7 +20,7 @@ def table():
     return pd.DataFrame({"T = 1": [0.5, 0.25, 0.125], "T = 2": [0.4, 0.3, 0.2]}, index=tokens)
 
 
-@pytest.mark.parametrize("draw", [bars, lines])
+@pytest.mark.parametrize("draw", [bars, lines, heat])
 def test_a_plot_is_also_its_table(table, draw):
     page = draw(table, "Two temperatures", "probability")._repr_mimebundle_()
     assert set(page) == {PLOTLY, "text/html", "text/plain"}
@@ -27,7 +29,7 @@ def test_a_plot_is_also_its_table(table, draw):
     assert "<b>" not in page["text/html"]
 
 
-@pytest.mark.parametrize("draw", [bars, lines])
+@pytest.mark.parametrize("draw", [bars, lines, heat])
 def test_a_plot_stays_small_in_the_notebook(table, draw):
     assert len(json.dumps(draw(table, "Two temperatures", "probability")._repr_mimebundle_())) < 20_000
 
@@ -44,6 +46,87 @@ def test_labels_are_not_markup(table):
 
 def test_columns_differ_in_more_than_colour(table):
     assert len({trace.line.dash for trace in lines(table, "Two temperatures", "probability").data}) == 2
+
+
+def cells(*args, **options):
+    """The heatmap and the layout of what `heat` draws, as the browser gets them."""
+    page = heat(*args, **options)._repr_mimebundle_()[PLOTLY]
+    return page["data"][0], page["layout"]
+
+
+def test_a_heat_map_keeps_the_table_as_it_stands(table):
+    data, layout = cells(table, "a < b", "p < 1")
+    assert data["z"] == table.to_numpy().tolist()
+    assert layout["yaxis"]["autorange"] == "reversed"  # the first row is on top
+    assert data["y"] == ["0 the", "1 &lt;b&gt;", "2 the"] and data["x"] == ["T = 1", "T = 2"]
+    assert data["colorbar"]["title"]["text"] == "p &lt; 1"
+
+
+def test_numbers_that_name_rows_stay_names():
+    data, layout = cells(pd.DataFrame([[1.0, 2.0]], index=pd.Index([3], name="layer"), columns=[10, 30]), "t", "a")
+    assert (data["y"], data["x"]) == (["3"], ["10", "30"])
+    assert (
+        layout["xaxis"]["type"] == layout["yaxis"]["type"] == "category" and layout["yaxis"]["title"]["text"] == "layer"
+    )
+
+
+def test_names_of_several_parts_are_said_in_full():
+    index = pd.MultiIndex.from_product([["en", "fr"], [1, 2]], names=["label", "layer"])
+    data, layout = cells(pd.DataFrame({"x": [1.0, 2, 3, 4]}, index=index), "t", "a")
+    assert data["y"] == ["en 1", "en 2", "fr 1", "fr 2"] and layout["yaxis"]["title"]["text"] == "label, layer"
+
+
+@pytest.mark.parametrize(
+    ("values", "centre", "scale"),
+    [
+        ([0.25, 0.5], None, (0, 0.5)),
+        ([-1.0, 3.0], None, (-1, 3)),
+        ([0.5, 3.0], 1, (-1, 3)),
+        ([0.0, 0.0], None, (0, 1)),
+    ],
+    ids="positive negative centre zeros".split(),
+)
+def test_the_colours_of_a_heat_map_begin_where_it_says(values, centre, scale):
+    data, _ = cells(pd.DataFrame({"x": values}), "t", "a", centre=centre)
+    assert (data["zmin"], data["zmax"]) == scale
+
+
+def test_what_was_not_measured_is_not_zero():
+    data, _ = cells(pd.DataFrame({"x": [np.nan, 0.0, np.inf]}), "t", "a")
+    assert data["z"] == [[None], [0.0], [None]]
+    assert opacity(data["colorscale"][0][1]) > 0  # zero is seen, and nothing is not
+    with pytest.raises(RequestError, match="no value to show"):
+        heat(pd.DataFrame({"x": [np.nan]}), "t", "a")
+
+
+def test_a_large_heat_map_does_not_fill_the_notebook():
+    rng = np.random.default_rng(0)
+    page = heat(pd.DataFrame(rng.random((60, 160))), "V2", "share")._repr_mimebundle_()
+    assert len(json.dumps(page)) < 250_000
+    assert page["text/html"].count("<tr") <= ROWS + 4 and page["text/html"].count("<th>") <= COLUMNS + ROWS + 4
+
+
+def opacity(colour):
+    return float(re.fullmatch(r"rgba\(.*, ([\d.]+)\)", colour)[1])
+
+
+def lightness(colour, page):
+    """CIE L* of an rgba colour on a page of this grey."""
+    *rgb, alpha = map(float, re.findall(r"[\d.]+", colour))
+    linear = [((c + 14.025) / 269.025) ** 2.4 for c in (alpha * c + (1 - alpha) * page for c in rgb)]
+    return 116 * (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]) ** (1 / 3) - 16
+
+
+@pytest.mark.parametrize("page", [255, 17], ids=["light", "dark"])
+@pytest.mark.parametrize("side", [0, -1], ids=["orange", "blue"])
+def test_equal_steps_look_equal_on_a_light_and_on_a_dark_page(page, side):
+    scale = cells(pd.DataFrame({"x": [-1.0, 1.0]}), "t", "a", centre=0)[0]["colorscale"]
+    ends = scale[side][1], scale[2 if side else 1][1]
+    strong, faint = (opacity(colour) for colour in ends)
+    shades = [ends[0].replace(f" {strong:g})", f" {alpha})") for alpha in np.linspace(faint, strong, 9)]
+    steps = np.diff([lightness(shade, page) for shade in shades])
+    assert (np.sign(steps) == np.sign(steps[0])).all() and np.abs(steps).max() < 1.5 * np.abs(steps).min()
+    assert abs(steps.sum()) > 35  # of 100 from black to white
 
 
 def test_a_strip_shows_every_piece_in_a_box_of_its_own():

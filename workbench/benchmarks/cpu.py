@@ -1,65 +1,36 @@
 """This machine's speed against transformers: prefill and decode on one checkpoint, taken in turns in one process."""
 
-import json
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
-from workbench import machine
+from workbench.benchmarks.measure import (
+    DTYPES,
+    POCKET,
+    RESULTS,
+    about,
+    checkpoint_of,
+    computing_with,
+    keep,
+    load_average,
+    scatter,
+)
 from workbench.benchmarks.rivals import CACHE, Ours, Rival, Setting, Transformers
-from workbench.checkpoint import Random, save
-from workbench.config import Config
 from workbench.engine import Engine
-from workbench.errors import CheckpointError, RequestError
+from workbench.errors import RequestError
 from workbench.model import Model
 from workbench.sampling import Sampling
 from workbench.tokenizer import Tokenizer
 
-POCKET = Path(__file__).parent.parent / "pocket"
-RESULTS = Path(__file__).parent.parent.parent / "kernels" / "results"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHECKED = 96  # positions whose logits must agree before anything is timed
 STEPS = 32  # tokens of one decode measurement
 TRIED = 8  # of them, to choose among the settings of transformers
-BUSY = 0.5  # load average before the start beyond which figures are disturbed
 LONG_ENOUGH = 0.25  # seconds; shorter passes are repeated within a measurement
-
-SHAPES = {
-    "28m": replace(
-        Config.preset("pocket"),
-        hidden_size=320,
-        intermediate_size=832,
-        num_hidden_layers=8,
-        n_routed_experts=48,
-        name="random 28m",
-    ),
-    "200m": replace(
-        Config.preset("pocket"),
-        hidden_size=768,
-        intermediate_size=2048,
-        moe_intermediate_size=96,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        q_lora_rank=256,
-        kv_lora_rank=256,
-        qk_nope_head_dim=64,
-        qk_rope_head_dim=32,
-        v_head_dim=64,
-        n_routed_experts=64,
-        name="random 200m",
-    ),
-}
-
 
 class Workload(NamedTuple):
     name: str
@@ -133,24 +104,14 @@ class Result:
             f"torch {about['torch']}, transformers {about['transformers']}\n"
             f"logits agree within {self.difference:.1e} over {CHECKED} positions\n"
         )
-        if about["load"] > BUSY:
-            head += (
-                f"other programs were running (load {about['load']:.1f}): expect scatter, and measure again when idle\n"
-            )
+        head += scatter(about["load"])
         columns = (
             f"{'tokens/s, median':24}{'workbench':>10}{'transformers':>14}{'ratio':>9}{'each round':>16}{'target':>9}"
         )
         return head + "\n" + "\n".join([columns, *map(str, self.rows)])
 
     def save(self, folder: Path = RESULTS) -> Path:
-        if not folder.parent.is_dir():
-            raise RequestError(f"{folder.parent} is not there: results are kept in a checkout of the project.")
-        folder.mkdir(exist_ok=True)
-        about = self.about
-        day = about["date"][:10]
-        path = folder / f"cpu-{day}-{about['model'].replace(' ', '-')}-{about['dtype']}-{about['threads']}t.json"
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        return path
+        return keep(folder, "cpu", self.to_dict())
 
 
 def measure(
@@ -165,18 +126,10 @@ def measure(
 
     RequestError where transformers is missing or computes something else; then nothing is timed.
     """
-    if rounds < 1 or (threads is not None and threads < 1):
+    if rounds < 1:
         raise RequestError("rounds and threads must be at least 1.")
-    if checkpoint is not None and shape is not None:
-        raise RequestError("give a checkpoint or a shape, not both.")
-    load = psutil.getloadavg()[0]
-    with _threads(threads), tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        if shape is not None:
-            checkpoint = Path(folder)
-            save(Model(SHAPES[shape], Random(SHAPES[shape], seed=0)), checkpoint)
-        elif checkpoint is None and not (POCKET / "config.json").is_file():
-            raise CheckpointError("pocket is not here; train it, or measure --shape 28m or --checkpoint DIR.")
-        path = checkpoint or POCKET
+    load = load_average()
+    with computing_with(threads), checkpoint_of(checkpoint, shape) as path, torch.inference_mode():
         ours, theirs = Ours(path, DTYPES[dtype]), Transformers(path, DTYPES[dtype])
         config = ours.model.config
         longest = max(job.context + job.new * job.passes for job in WORKLOADS)
@@ -186,31 +139,8 @@ def measure(
         difference = _same(ours, theirs, tokens[:, :CHECKED])
         rows = [_compare(job, ours, theirs, tokens, rounds) for job in WORKLOADS]
         rows += _engine(ours.model, path, tokens, rounds)
-        about = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": _commit(),
-            "model": f"random {shape}" if shape else path.resolve().name,
-            "parameters": config.parameters().total,
-            "active": config.parameters().active,
-            "dtype": dtype,
-            "threads": torch.get_num_threads(),
-            "rounds": rounds,
-            "load": round(load, 2),
-            "cpu": f"{machine.cpu_name()}, {machine.cores()} cores",
-            "torch": torch.__version__,
-            "transformers": theirs.version,
-        }
-    return Result(about, difference, tuple(rows))
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or machine.cores())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        run = {"dtype": dtype, "rounds": rounds, "load": load, "transformers": theirs.version}
+        return Result(about(config, path, shape) | run, difference, tuple(rows))
 
 
 def _same(ours: Ours, theirs: Transformers, tokens: torch.Tensor) -> float:
@@ -292,13 +222,3 @@ def _generated(engine: Engine, prompt: list[int], seed: int) -> float:
         stats = engine.generate(prompt, Sampling(temperature=1.0, max_tokens=STEPS + 1, seed=seed)).stats
         tokens, seconds = tokens + stats.tokens - 1, seconds + stats.decode_seconds
     return tokens / seconds
-
-
-def _commit() -> str:
-    """Of this checkout, "+" where files have changed since; empty outside one."""
-    where = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=where, capture_output=True, text=True)
-    if head.returncode:
-        return ""
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=where, capture_output=True, text=True).stdout.strip()
-    return head.stdout.strip() + ("+" if changed else "")

@@ -56,7 +56,7 @@ class Specialisation:
                  q                    p corrected for the number of rows (Benjamini and Hochberg)
     overall    the same of the mean over layers, without q
     experts    a row a layer and expert:
-                 one column a label   share of its tokens that the expert read
+                 in LABEL             for each label, share of its tokens that the expert read
                  most, least          the labels where that is highest and lowest; difference: of these two
                  h                    Cohen's effect size of it, 2 asin sqrt(a) - 2 asin sqrt(b): 0.2 is small, 0.5
                                       medium, 0.8 large (Cohen 1988)
@@ -249,7 +249,7 @@ def _table(names: list[str], layers: tuple[int, ...], rates: np.ndarray, h: np.n
     count = rates.shape[2]
     flat = rates.reshape(len(names), -1)
     table = pd.DataFrame({"layer": np.repeat(layers, count), "expert": np.tile(np.arange(count), len(layers))})
-    table[names] = flat.T
+    table[[f"in {name}" for name in names]] = flat.T
     table["most"], table["least"] = np.array(names)[flat.argmax(0)], np.array(names)[flat.argmin(0)]
     return table.assign(difference=flat.max(0) - flat.min(0), h=h.ravel(), p=p.ravel(), q=adjusted(p).ravel())
 

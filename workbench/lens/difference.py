@@ -79,28 +79,22 @@ class Difference:
     @property
     def identical(self) -> bool:
         """The same settings, tokens, experts, gates and log-probabilities. Times are not compared."""
-        return self.header.empty and self.first is None and self._routing.exact and self._same_logprobs()
-
-    def _same_logprobs(self) -> bool:
-        return self.tokens["logprob a"].equals(self.tokens["logprob b"])
+        same = self.tokens["logprob a"].equals(self.tokens["logprob b"])
+        return self.header.empty and self.first is None and self._routing.exact and same
 
     def summary(self) -> str:
         """A few lines in words."""
         if self.identical:
             return f"These traces are identical: {len(self.tokens):,} tokens, their routing and what was set."
-        return "\n".join(
-            [*self._about_tokens(), *self._about_routing(), *self._about_logprobs(), *self._about_settings()]
-        )
+        parts = (self._about_tokens, self._about_routing, self._about_logprobs, self._about_settings)
+        return "\n".join(line for part in parts for line in part())
 
     def _about_tokens(self) -> Iterator[str]:
         if not self.parted:
             yield f"Both have the same {len(self.tokens):,} tokens."
         for sequence, position in list(self.parted.items())[:SHOWN]:
-            at = self.tokens[(self.tokens["sequence"] == sequence) & (self.tokens["position"] == position)]
-            words = (
-                repr(text) if isinstance(text, str) else "nothing"
-                for text in (at["text a"].item(), at["text b"].item())
-            )
+            at = self.tokens.set_index(KEYS).loc[(sequence, position), ["text a", "text b"]]
+            words = (repr(text) if isinstance(text, str) else "nothing" for text in at)
             yield "Sequence {} parts at position {}: {} in a, {} in b.".format(sequence, position, *words)
         if len(self.parted) > SHOWN:
             yield f"So do {len(self.parted) - SHOWN} other sequences, see `parted`."
@@ -113,14 +107,12 @@ class Difference:
             return
         limit = self._both["sequence"].map(self.parted).fillna(np.inf)
         before = (self._both["position"] < limit).to_numpy()
-        for when, rows in (("before the tokens part" if self.parted else "", before), ("after", ~before)):
+        for when, rows in ((" before they part" if self.parted else "", before), (" after they part", ~before)):
             overlap, shift = self._routing.overlap[rows], self._routing.shift[rows]
-            if not np.isnan(overlap).all():
-                yield (
-                    f"Routing overlap {np.nanmean(overlap):.3f}, gate shift {np.nanmean(shift):.3f}: mean over "
-                    f"{(~np.isnan(overlap)).any(1).sum():,} tokens {when}".rstrip()
-                    + "."
-                )
+            read = ~np.isnan(overlap)
+            if read.any():
+                means = f"Routing overlap {overlap[read].mean():.3f}, gate shift {shift[read].mean():.3f}"
+                yield f"{means}: the mean of {read.any(1).sum():,} tokens{when}."
 
     def _about_logprobs(self) -> Iterator[str]:
         change = self.tokens.loc[self.tokens["same"], "logprob difference"].dropna()

@@ -82,7 +82,7 @@ def _traded(pair: np.ndarray, random: np.random.Generator, groups: np.ndarray | 
     free = ~np.stack([same.any(2), same.any(1)], 1) & (pair >= 0)
     if groups is not None:  # whole trades would nearly always break the limit
         free &= random.random(pair.shape) < random.random((len(pair), 1, 1))
-    pool, free = pair.reshape(len(pair), -1), free.reshape(len(pair), -1)
+    pool, free = (x.reshape(len(pair), 2 * pair.shape[2]) for x in (pair, free))
     # the free places in order, the free experts in random order; what is not free follows in order in both
     places = np.argsort(~free, axis=1, kind="stable")
     experts = np.argsort(np.where(free, random.random(pool.shape), 2.0), axis=1, kind="stable")

@@ -29,7 +29,8 @@ def lift(trace: Trace, layer: int, phase: str | None = None) -> pd.DataFrame:
     Independent choice (`lens.independent`) keeps how often each expert is chosen, that the experts of a token are
     different, and in a group-limited model that they come from topk_group groups; this last makes experts of one group
     meet more often than others, which is no affinity. Without it where an edit broke the limit in this trace. Tokens
-    with another number of experts (edits) are expected apart and added.
+    with another number of experts (edits) are expected apart and added. A router whose logits are unrelated comes within
+    some per cent of this null, not nearer: its groups are those of its best experts.
     """
     read = _chosen(trace, layer, phase)[0]
     observed = _together(read, trace.n_experts)
@@ -65,7 +66,8 @@ def beyond_chance(trace: Trace, layer: int, phase: str | None = None, *, rounds:
 
     Every token keeps its number of experts, every expert its number of tokens, and a group-limited model its limit
     (`lens.null.swapped`). The null takes tokens as exchangeable: a trace of several subjects, or of one token again and
-    again, goes beyond it without any affinity of experts for one another.
+    again, goes beyond it without any affinity of experts for one another. So does, in thousands of tokens, the little
+    that unrelated logits differ from it (see `lift`): look at z and lift together.
     """
     if rounds < 20:
         raise RequestError(f"rounds must be 20 or more, to know how far the null varies; got {rounds}.")

@@ -1,14 +1,6 @@
 // The chat view. It keeps no history of its own: the kernel sends the visible path once, then only what is new.
 
 const ROLES = { system: "system", user: "you", assistant: "reply", template: "format", tool: "tool" };
-const number = (value) => value.toLocaleString("en");
-
-function bytes(value) {
-  const units = ["B", "KiB", "MiB", "GiB"];
-  let power = 0;
-  while (value >= 1024 && power < 3) (value /= 1024), power++;
-  return `${value >= 100 || power === 0 ? Math.round(value) : value.toFixed(1)} ${units[power]}`;
-}
 
 class ChatView {
   constructor(model, root) {
@@ -55,16 +47,18 @@ class ChatView {
   }
 
   build() {
-    this.card = new Card(this.root, (turn, index, token) => this.tell({ kind: "branch", turn, index, token }), () => !this.busy);
+    this.card = new Card(this.root, (turn, index, token) => this.tell({ kind: "branch", turn, index, token }), () => !this.busy,
+      (turn, index) => this.tell({ kind: "look", turn, index }));
     this.title = element("strong", { className: "wbc-title" });
     this.tokensToggle = this.toggle("Tokens", "Show the tokens of the replies, tinted by how unlikely they were", (on) => this.showTokens(on));
     this.promptToggle = this.toggle("Prompt", "Show the exact prompt, special tokens included", (on) => this.showPrompt(on));
+    this.expertsToggle = this.toggle("Experts", "Show where each token went: experts, margins, edits", (on) => this.tell({ kind: "explore", on }));
     this.file = element("input", { type: "file", accept: ".json,application/json", hidden: true });
     this.file.addEventListener("change", () => this.importFile());
     this.newButton = iconButton("new", "New conversation", () => this.tell({ kind: "clear" }));
     this.importButton = iconButton("import", "Import a conversation", () => this.file.click());
     this.head = element("header", { className: "wbc-head" }, this.title, element("span", { className: "wbc-space" }),
-      this.tokensToggle, this.promptToggle, element("span", { className: "wbc-gap" }), this.newButton,
+      this.tokensToggle, this.promptToggle, this.expertsToggle, element("span", { className: "wbc-gap" }), this.newButton,
       iconButton("export", "Export this conversation", () => this.tell({ kind: "export" })), this.importButton, this.file);
     this.notice = element("div", { className: "wbc-error wbc-notice", role: "alert", hidden: true });
     this.empty = element("div", { className: "wbc-empty" });
@@ -162,6 +156,10 @@ class ChatView {
     if (draft && !this.input.value) this.input.value = draft;
     this.draft = null;
     this.drawInput();
+  }
+
+  on_exploring({ on }) {
+    this.expertsToggle.setAttribute("aria-pressed", String(on));
   }
 
   on_prompt({ parts, tokens }) {

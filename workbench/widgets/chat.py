@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from collections.abc import Sequence
 from contextvars import copy_context
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import ipywidgets
 from IPython import get_ipython
 
 from workbench.config import Config
+from workbench.edits import Edit
 from workbench.errors import RequestError, WorkbenchError
 from workbench.sampling import Sampling
 from workbench.session import Conversation
 from workbench.turns import Turn
 from workbench.widgets.controls import Controls
+from workbench.widgets.explorer import Explorer
 from workbench.widgets.publisher import Publisher
 from workbench.widgets.transcript import as_html, as_text
 from workbench.workbench import Workbench
@@ -50,11 +53,12 @@ class ChatPanel(ipywidgets.VBox):
         self._view = ChatView()
         self._view.on_msg(self._hear)
         self.conversation = Conversation(bench, system, sampling)
+        self.explorer = Explorer(self.conversation, self._refuse)
         self._publish()
         self._controls = Controls(
             self.conversation.sampling, self.system, self._sampling_changed, self._system_changed, self._refuse
         )
-        super().__init__([self._view, self._controls])
+        super().__init__([self._view, self.explorer, self._controls])
         _live.add(self)
 
     # Talking: what the buttons do
@@ -86,6 +90,41 @@ class ChatPanel(ipywidgets.VBox):
     def branch(self, turn: Turn | int, index: int, token: int) -> None:
         """Another version of a reply with `token` in place of its token number `index`."""
         self.conversation.branch(self._turn(turn), index, token)
+
+    def rerun(self, edits: Sequence[Edit], turn: Turn | int | None = None) -> None:
+        """Another version of a reply, by default the last: same prompt, settings and seed, on a model with these edits.
+        When it is complete, `explorer.compared` shows both side by side.
+        """
+        if turn is not None or self.explorer.turn is None:
+            self.explorer.turn = self._turn(-1 if turn is None else turn)
+        self.explorer.rerun(edits)
+
+    def look(self, turn: Turn | int, index: int) -> None:
+        """Opens token number `index` of a reply in the explorer below the conversation."""
+        self.explorer.look(self._turn(turn), index)
+        self._tell({"kind": "exploring", "on": True})
+
+    @property
+    def exploring(self) -> bool:
+        """Whether the explorer is open: where each token went, one token in full, edits, side by side."""
+        return self.explorer.opened
+
+    @exploring.setter
+    def exploring(self, wanted: bool) -> None:
+        self.explorer.opened = wanted
+        self._tell({"kind": "exploring", "on": wanted})
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """How the model is changed, from the next reply on."""
+        return self.conversation.edits
+
+    @edits.setter
+    def edits(self, edits: Sequence[Edit]) -> None:
+        self.conversation.edits = edits
+        self.explorer.edits.clear()
+        for edit in edits:
+            self.explorer.edits.add(edit)
 
     def select(self, turn: Turn | int) -> None:
         """Shows this version: one of the `versions` of a turn."""
@@ -139,6 +178,7 @@ class ChatPanel(ipywidgets.VBox):
     def retire(self, reason: str = "This panel was closed.") -> None:
         """Ends the worker and lets the model go; what was said stays on the screen."""
         _live.discard(self)
+        self.explorer.leave()
         self.conversation.close()
         self._tell({"kind": "closed", "text": reason})
 
@@ -182,6 +222,7 @@ class ChatPanel(ipywidgets.VBox):
         self.conversation = Conversation.load(old.bench, source)
         self._publisher.unsubscribe()
         old.close()
+        self.explorer.follow(self.conversation)
         self._publish()
         self._controls.show(self.sampling)
         self._controls.system.value = self.system
@@ -199,6 +240,7 @@ class ChatPanel(ipywidgets.VBox):
         match message:
             case {"kind": "ready", "view": str(view)}:
                 self._publisher.path(view)
+                self._tell({"kind": "exploring", "on": self.exploring})
                 if self not in _live:
                     self._tell({"kind": "closed", "text": "This panel was closed."})
             case {"kind": "send", "text": str(text)}:
@@ -217,6 +259,10 @@ class ChatPanel(ipywidgets.VBox):
                 talk.select(talk.find(key))
             case {"kind": "clear"}:
                 talk.clear()
+            case {"kind": "explore", "on": bool(wanted)}:
+                self.explorer.opened = wanted
+            case {"kind": "look", "turn": int(key), "index": int(index)}:
+                self.look(talk.find(key), index)
             case {"kind": "prompt"}:
                 self._tell({"kind": "prompt"} | self._prompt())
             case {"kind": "export"}:

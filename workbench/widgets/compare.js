@@ -158,8 +158,8 @@ class CompareView extends View {
     const words = parted ? `first difference: ${name(texts[0][first])} or ${name(texts[1][first])}` : "no token differs";
     const tiles = [tile(parted ? `position ${positions[first]}` : "none", words, "The first token that is not the same in both")];
     if (summary.equal !== null) tiles.push(tile(percent(summary.equal), `of ${plural(summary.generated, "generated token")} the same`, "At the same position, so also by coincidence once they have parted"));
-    if (overlap[0] !== null) tiles.push(tile(percent(overlap[0]), parted ? "routing shared before they part" : "routing shared", "Experts chosen in both over experts chosen in either, mean over tokens and layers"));
-    if (overlap[1] !== null) tiles.push(tile(percent(overlap[1]), "routing shared after", "The same, from the first difference on: other tokens are routed otherwise"));
+    const shared = overlap.filter((value) => value !== null).map(percent);
+    if (shared.length) tiles.push(tile(shared.join(" \u2192 "), shared.length > 1 ? "routing shared, before they part and after" : "routing shared", "Experts chosen in both over experts chosen in either, mean over tokens and layers. Once they part, other tokens are routed otherwise."));
     if (logprob !== null) tiles.push(tile(`${figure(logprob)} nats`, "mean |\u0394 log p| before they part", `Of the ${plural(compared, "token")} with a log-probability in both`));
     fill(this.tiles, tiles);
   }
@@ -197,7 +197,7 @@ class CompareView extends View {
     if (!changed.length) return element("p", { className: "wbs-soft" }, "The same experts read it in all layers.");
     const list = (experts, kind) => element("td", { className: `wbs-${kind}` }, experts.length ? experts.join(", ") : "\u2013");
     return element("div", { className: "wbs-detail" }, element("table", {},
-      element("tr", {}, ["layer", "shared", `only ${this.data.labels[0]}`, `only ${this.data.labels[1]}`].map((name) => element("th", {}, name))),
+      element("tr", {}, ["layer", "shared", ...this.data.labels.map((label) => `only in \u201c${label}\u201d`)].map((name) => element("th", {}, name))),
       changed.map(([layer, overlap, a, b]) => element("tr", {}, element("td", {}, String(layer)), element("td", {}, percent(overlap)), list(a, "a"), list(b, "b")))));
   }
 

@@ -13,6 +13,7 @@ from workbench.errors import RequestError
 from workbench.lens.difference import Difference, diff
 from workbench.trace import Trace
 from workbench.widgets import picture
+from workbench.widgets.live import whole
 from workbench.widgets.view import View, script, short
 
 if TYPE_CHECKING:
@@ -149,13 +150,15 @@ class SideBySide(View):
 
     def _snapshot(self, view: str | None = None) -> None:
         rows, by_layer = self.rows, self.by_layer()
-        kinds = ("text a", "text b")
         settings = self.difference.header
         message = {
             "kind": "show",
             "view": view,
             "labels": self.labels,
-            "texts": [[text if isinstance(text, str) else None for text in rows[kind]] for kind in kinds],
+            "texts": [
+                [text if there else None for text, there in zip(whole(rows[name].fillna("")), rows[name].notna())]
+                for name in ("text a", "text b")
+            ],
             "same": rows["same"].astype(int).tolist(),
             "positions": rows["position"].tolist(),
             "prompt": int((~rows["generated"]).cumprod().sum()),
@@ -199,7 +202,9 @@ class SideBySide(View):
             title = f"{label}: {len(there)} tokens" + ("" if side == "a" else f"; {self._parting()}")
             prompt = (~there["generated"]).tolist()
             shade = apart[there.index].tolist()
-            drawn = picture.strip(there[f"text {side}"].tolist(), shade, prompt, title, ("same experts", "others"))
+            drawn = picture.strip(
+                there[f"text {side}"].tolist(), shade, prompt, title, ("the same experts", "none in common")
+            )
             images.append(Image.open(io.BytesIO(drawn)).convert("RGB"))
         page = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), picture.PAPER)
         page.paste(images[0], (0, 0))
@@ -225,7 +230,9 @@ def _rows(a: Trace, b: Trace) -> pd.DataFrame:
     number in the trace (in b where a has none)."""
     columns = ["position", "id", "text", "phase", "logprob"]
     left, right = (trace.tokens[columns].assign(token=range(len(trace))) for trace in (a, b))
-    rows = left.merge(right, on="position", how="outer", suffixes=(" a", " b")).sort_values("position", ignore_index=True)
+    rows = left.merge(right, on="position", how="outer", suffixes=(" a", " b")).sort_values(
+        "position", ignore_index=True
+    )
     rows["same"] = rows["id a"] == rows["id b"]
     rows["generated"] = (rows["phase a"] == "decode") | (rows["phase b"] == "decode")
     rows["token"] = rows["token a"].fillna(rows["token b"]).astype(int)

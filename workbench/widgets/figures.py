@@ -4,18 +4,26 @@ import json
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.basedatatypes import BaseTraceType
+
+from workbench.errors import RequestError
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito: told apart by every eye
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 GREY = "#777777"  # reads on a light and on a dark page
+# from clear to solid, halfway in lightness between a white and a black page: on either, equal steps look equal
+BLUE, ORANGE = "33, 130, 205", "200, 105, 0"
+FAINT = 0.06  # of the lowest value, so that it is told from a cell without one
+ROWS, COLUMNS = 64, 40  # of a table that are written out in its text alternative
 
 
 class Plot(go.Figure):
     """A plotly figure that is also its table, for screen readers, GitHub, and notebooks opened without plotly."""
 
-    def __init__(self, traces: Sequence[go.Bar | go.Scatter], table: pd.DataFrame, title: str) -> None:
+    def __init__(self, traces: Sequence[BaseTraceType], table: pd.DataFrame, title: str) -> None:
         super().__init__(list(traces))
         self._table, self._heading = table, title
         self.update_layout(
@@ -35,11 +43,12 @@ class Plot(go.Figure):
     _ipython_display_ = None  # or plotly would show its own form, of 5 MB in some front ends, without the table
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None, **kwargs) -> dict:
-        table = self._table.to_html(float_format="{:.3g}".format)
+        form = {"float_format": "{:.3g}".format, "max_rows": ROWS, "max_cols": COLUMNS}
+        html, text = self._table.to_html(**form), self._table.to_string(**form)
         return {
             "application/vnd.plotly.v1+json": json.loads(self.to_json()) | {"config": {"displaylogo": False}},
-            "text/html": f"<figure><figcaption>{escape(self._heading)}</figcaption>{table}</figure>",
-            "text/plain": f"{self._heading}\n{self._table.to_string(float_format='{:.3g}'.format)}",
+            "text/html": f"<figure><figcaption>{escape(self._heading)}</figcaption>{html}</figure>",
+            "text/plain": f"{self._heading}\n{text}",
         }
 
 
@@ -76,3 +85,53 @@ def lines(table: pd.DataFrame, title: str, axis: str, log: bool = False) -> Plot
         plot.update_xaxes(type="log", tickvals=table.index.tolist())
         plot.update_yaxes(type="log", dtick="D2")  # marks at 1, 2 and 5
     return plot
+
+
+def heat(table: pd.DataFrame, title: str, axis: str, centre: float | None = None) -> Plot:
+    """A cell for every value, rows from the top down; `axis` says what the colour stands for. NaN is left empty.
+
+    Blue, stronger for larger values: from 0 where none is negative, else from the lowest. With `centre` (1 for a ratio,
+    0 for a difference) orange below it and blue above it, equally strong at equal distance. RequestError for a table
+    without any value.
+    """
+    values = table.to_numpy(float)
+    seen = values[np.isfinite(values)]
+    if not seen.size:
+        raise RequestError(f"{title}: there is no value to show.")
+    low, high = min(0.0, float(seen.min())), float(seen.max())
+    scale = _ramp(BLUE, 0, 1)
+    if centre is not None:
+        reach = float(np.abs(seen - centre).max())
+        low, high = centre - reach, centre + reach
+        scale = [*_ramp(ORANGE, 0.5, 0)[::-1], *_ramp(BLUE, 0.5, 1)]
+    cells = go.Heatmap(
+        x=_names(table.columns), y=_names(table.index), z=[[_short(value) for value in row] for row in values],
+        zmin=low, zmax=high if high > low else low + 1, colorscale=scale, xgap=1, ygap=1, hoverongaps=False,
+        hovertemplate="%{y}, %{x}<br>%{z:.3g}<extra></extra>",
+        colorbar={"title": {"text": escape(axis), "side": "right"}, "outlinewidth": 0, "thickness": 14},
+    )  # fmt: skip
+    plot = Plot([cells], table, title)
+    plot.update_layout(height=min(900, max(220, 150 + 22 * len(table))))
+    plot.update_xaxes(type="category", title=escape(_said(table.columns)))
+    plot.update_yaxes(type="category", title=escape(_said(table.index)), autorange="reversed", showgrid=False)
+    return plot
+
+
+def _ramp(colour: str, clear: float, solid: float) -> list[list]:
+    return [[clear, f"rgba({colour}, {FAINT})"], [solid, f"rgba({colour}, 1)"]]
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def _names(index: pd.Index) -> list[str]:
+    """A name for each place; with its number where names repeat, because to plotly equal names are one place."""
+    names = [" ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in index]
+    if len(set(names)) < len(names):
+        names = [f"{place} {name}" for place, name in enumerate(names)]
+    return [escape(name) for name in names]
+
+
+def _said(index: pd.Index) -> str:
+    return ", ".join(str(name) for name in index.names if name is not None)

@@ -56,9 +56,11 @@ export function surprise(steps, group) {
   return 1 - least;
 }
 
-/** One card for all replies of a view. `choose(turn key, index, token)` branches; `mayBranch()` says if that is possible. */
+/** One card for all replies of a view. `choose(turn key, index, token)` branches; `mayBranch()` says if that is possible;
+    `look(turn key, index)` opens the token below the conversation. */
 export class Card {
-  constructor(root, choose, mayBranch) {
+  constructor(root, choose, mayBranch, look) {
+    this.look = look;
     this.root = root;
     this.choose = choose;
     this.mayBranch = mayBranch;
@@ -123,7 +125,12 @@ export class Card {
     const rows = alternatives.map((alternative) => this.row(message, index, alternative, token, may));
     const head = element("div", { className: "wbc-row wbc-row-head" },
       element("span", {}, may ? "choose another to branch" : "alternatives"), element("span", {}, "model"), element("span", {}, "sampling"));
-    return element("section", {}, title, figures, head, ...rows);
+    const inside = element("button", { className: "wbc-button wbc-text wbc-inside", type: "button" }, "Look inside this token");
+    inside.addEventListener("click", () => {
+      this.hide();
+      this.look(message.key, index);
+    });
+    return element("section", {}, title, figures, head, ...rows, inside);
   }
 
   row(message, index, [token, text, before, after], chosen, may) {

@@ -8,7 +8,9 @@ import numpy as np
 
 from workbench.edits import Ablate, Bias, Edit, Force, describe
 from workbench.errors import RequestError, WorkbenchError
+from workbench.widgets import picture
 from workbench.widgets.inspection import Inspection, RoutedLayer, as_html, as_text
+from workbench.widgets.live import whole
 from workbench.widgets.view import View, script, short
 
 if TYPE_CHECKING:
@@ -18,11 +20,11 @@ NOBODY = -1  # in a Selection: no token, layer or expert
 
 
 class TokenInspector(View):
-    """Shows an Inspection. `source` gives that of a token by its number; `on_edit` gets an edit when a button is pressed.
+    """Shows an Inspection. `source` gives that of a token by its number; `on_edit` gets an edit of each press.
 
-    Linked to a `selection`, it opens the token chosen there, and writes there which layer and expert are looked at. What
-    a click or the selection asks for is fetched in a thread of its own, only the newest token when several are asked
-    for, so a slow source holds up neither the page nor the kernel: `wait` is how a script waits for it.
+    Linked to a `selection`, it opens the token chosen there, and writes there what is looked at. What a click or the
+    selection asks for is fetched in a thread of its own, only the newest token if several are asked for, so a slow
+    source holds up neither the page nor the kernel: `wait` is how a script waits for it.
     """
 
     _esm = script("view.js", "router.js", "inspector.js")
@@ -178,7 +180,7 @@ class TokenInspector(View):
         return f"<TokenInspector: token {self._token}, {self.inspection.text!r}>"
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
-        return self._page(as_text(self.inspection), as_html(self.inspection), **kwargs)
+        return self._page(as_text(self.inspection), as_html(self.inspection), _picture(self.inspection), **kwargs)
 
 
 class _Newest:
@@ -214,13 +216,17 @@ class _Newest:
 
 
 def _message(seen: Inspection) -> dict:
-    facts = "token position id text phase n_experts n_group topk_group before after edits model"
-    measured = "logprob probability entropy ms"
+    facts = "token position id phase n_experts n_group topk_group edits model"
+    texts, measured = ("text", "before", "after"), ("logprob", "probability", "entropy", "ms")
+    rows = seen.alternatives
+    if rows is not None:
+        texts_of = whole(row.text for row in rows)
+        rows = [[row.id, text, short(row.before), short(row.after)] for row, text in zip(rows, texts_of)]
     return {
         **{name: getattr(seen, name) for name in facts.split()},
-        **{name: short(getattr(seen, name)) for name in measured.split()},
-        "alternatives": seen.alternatives
-        and [[each.id, each.text, short(each.before), short(each.after)] for each in seen.alternatives],
+        **dict(zip(texts, whole(getattr(seen, name) for name in texts))),
+        **{name: short(getattr(seen, name)) for name in measured},
+        "alternatives": rows,
         "how": dict(seen.how),
         "layers": [_layer(each) for each in seen.layers],
     }
@@ -228,7 +234,8 @@ def _message(seen: Inspection) -> dict:
 
 def _layer(layer: RoutedLayer) -> dict:
     lens = layer.lens and {
-        expert: [[word.text, short(word.logit)] for word in words] for expert, words in layer.lens.items()
+        expert: list(zip(whole(word.text for word in words), (short(word.logit) for word in words)))
+        for expert, words in layer.lens.items()
     }
     return {
         "layer": layer.layer,
@@ -251,3 +258,14 @@ def _scores(seen: Inspection) -> bytes:
         if layer.scores is not None:
             scores[place] = layer.scores
     return scores.tobytes()
+
+
+def _picture(seen: Inspection | None) -> bytes | None:
+    """PNG of the gates in all layers."""
+    if seen is None or not seen.layers:
+        return None
+    gates = np.zeros((len(seen.layers), seen.n_experts))
+    for place, layer in enumerate(seen.layers):
+        gates[place, list(layer.experts)] = layer.gates
+    title = f"{seen.text!r}, position {seen.position}: gates of the experts that read it"
+    return picture.heat(gates, [layer.layer for layer in seen.layers], seen.n_group, title, "gate")

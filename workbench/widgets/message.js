@@ -37,6 +37,15 @@ export function iconButton(icon, label, action, shown = false) {
   return button;
 }
 
+const number = (value) => value.toLocaleString("en");
+
+function bytes(value) {
+  const units = ["B", "KiB", "MiB", "GiB"];
+  let power = 0;
+  while (value >= 1024 && power < 3) (value /= 1024), power++;
+  return `${value >= 100 || power === 0 ? Math.round(value) : value.toFixed(1)} ${units[power]}`;
+}
+
 const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 
 /** `tell` sends a verb to the kernel; `card` shows alternatives; `view.busy` and `view.raw` are read, not kept. */

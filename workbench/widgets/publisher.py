@@ -8,7 +8,7 @@ from time import monotonic
 from workbench.session import Conversation, Event
 from workbench.turns import Record, Tree, Turn
 
-INTERVAL = 1 / 15  # seconds between two messages about steps: faster than the eye, slow enough for any page
+INTERVAL = 1 / 10  # seconds between two messages about steps: with those of the explorer fewer than 20 a second
 
 
 class Publisher:

@@ -26,16 +26,18 @@ export function visible(text) {
 
 export function percent(value) {
   if (value === null || value === undefined) return "?";
+  if (value === 0) return "0 %";
   if (value > 0 && value < 0.001) return "< 0.1 %";
   if (value < 1 && value > 0.999) return "> 99.9 %";
   return `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
 }
 
-/** A number as the eye reads it: three decimals, or two digits where that would be nothing but zeros. */
+/** A number as the eye reads it, with two to three digits. */
 export function figure(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return "?";
   const size = Math.abs(value);
-  const text = size === 0 ? "0" : size >= 100 ? size.toFixed(0) : size >= 0.01 ? size.toFixed(size >= 10 ? 1 : 3) : size >= 0.001 ? size.toFixed(4) : size.toExponential(0);
+  const decimals = size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : size >= 0.01 ? 3 : 4;
+  const text = size === 0 ? "0" : size < 0.001 ? size.toExponential(0) : size.toFixed(decimals);
   return value < 0 ? `\u2212${text}` : text;
 }
 

@@ -1,0 +1,342 @@
+// The token strip. One span a token; colours are worked out here from the numbers that came with it.
+
+// Okabe and Ito's colours, told apart by every eye; each stands for a group of experts
+const HUES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999"];
+const PROMPT = 1;
+const SPECIAL = 2;
+const ORDER = ["1st", "2nd", "3rd"];
+
+function bytes(value) {
+  const units = ["B", "KiB", "MiB", "GiB"];
+  let power = 0;
+  while (value >= 1024 && power < 3) (value /= 1024), power++;
+  return `${value >= 100 || power === 0 ? Math.round(value) : value.toFixed(1)} ${units[power]}`;
+}
+
+/** The next rounder number, so that a scale does not move with every token. */
+function rounded(value) {
+  if (!(value > 0)) return 1;
+  const power = 10 ** Math.floor(Math.log10(value));
+  return power * [1, 1.5, 2, 3, 5, 7, 10].find((step) => step * power >= value * 0.999);
+}
+
+class StripView extends LiveView {
+  get ownTraits() {
+    return ["colour_by", "slot"];
+  }
+
+  build() {
+    this.body = element("div", { className: "wbr-strip", tabIndex: 0, role: "listbox", "aria-label": "Tokens; left and right go through them" });
+    this.start({ live: true, layers: [], experts: 0, k: 0, groups: 1, breaks: [], colours: [] });
+    this.colour = this.select("colour by", (value) => this.set({ colour_by: value }));
+    this.layer = this.select("layer", (value) => this.set({ layer: Number(value), expert: -1 }));
+    this.slot = this.select("choice", (value) => this.set({ slot: Number(value) }));
+    this.ids = element("button", { className: "wbr-button", type: "button", title: "Write the number of the expert beside each token", "aria-pressed": "false" }, "ids");
+    this.ids.addEventListener("click", () => {
+      this.ids.setAttribute("aria-pressed", String(this.ids.getAttribute("aria-pressed") !== "true"));
+      this.drawSoon();
+    });
+    this.legend = element("div", { className: "wbr-legend wbr-top" });
+    this.readout = element("div", { className: "wbr-readout", "aria-live": "polite" });
+    this.tip = new Tip(this.root);
+    this.body.addEventListener("click", ({ target }) => {
+      const token = this.numberOf(target);
+      if (token >= 0) this.set({ token: token === this.get("token") ? -1 : token });
+    });
+    this.body.addEventListener("pointerover", (event) => {
+      const token = this.numberOf(event.target);
+      if (token >= 0) this.tip.show(event, this.describe(token));
+      else this.tip.hide();
+    });
+    this.body.addEventListener("pointerleave", () => this.tip.hide());
+    this.body.addEventListener("keydown", (event) => this.onKey(event));
+    this.body.addEventListener("scroll", () => {
+      const { scrollTop, scrollHeight, clientHeight } = this.body;
+      this.atEnd = scrollHeight - scrollTop - clientHeight < 30;
+    });
+    this.root.classList.add("wbv", "wbr");
+    this.root.append(
+      element("header", { className: "wbr-head" }, element("strong", { className: "wbr-title" }, "Tokens"), this.colour.label, this.layer.label, this.slot.label, this.ids,
+        element("span", { className: "wbr-space" }), this.legend),
+      this.notice, this.body, this.readout, this.said);
+  }
+
+  select(name, action) {
+    const box = element("select", {});
+    box.addEventListener("change", () => action(box.value));
+    return { box, label: element("label", {}, name, box) };
+  }
+
+  // What the kernel says
+
+  start(facts) {
+    this.facts = facts;
+    this.pieces = [];
+    this.spans = [];
+    this.measured = new Grown(Float32Array, 5);
+    this.tokenIds = new Grown(Int32Array, 1);
+    this.flags = new Grown(Uint8Array, 1);
+    this.chosen = new Grown(Int16Array, 1);
+    this.margins = new Grown(Float32Array, 1);
+    this.gates = new Grown(Float32Array, 1);
+    this.breaks = new Map(facts.breaks);
+    this.body.replaceChildren();
+    this.painted = { key: "", to: 0 };
+    this.atEnd = true;
+  }
+
+  on_show(message, buffers) {
+    this.start(message.facts);
+    this.known = true;
+    const options = (box, list) => box.replaceChildren(...list.map(([value, text]) => element("option", { value: String(value) }, text)));
+    options(this.colour.box, message.facts.colours.map(({ name, label }) => [name, label]));
+    options(this.layer.box, message.facts.layers.map((layer) => [layer, String(layer)]));
+    options(this.slot.box, Array.from({ length: message.facts.k }, (_, slot) => [slot, ORDER[slot] ?? `${slot + 1}th`]));
+    this.take(message, buffers);
+  }
+
+  on_tokens(message, buffers) {
+    if (!this.known) return; // all of it is asked for already
+    if (message.from > this.pieces.length) this.ask();
+    else this.take(message, buffers);
+  }
+
+  on_column(_, buffers) {
+    this.takeColumn(0, buffers);
+    this.painted.key = "";
+    this.drawSoon();
+  }
+
+  take({ from, pieces }, [measured, ids, flags, ...column]) {
+    this.measured.write(from, numbers(Float32Array, measured));
+    this.tokenIds.write(from, numbers(Int32Array, ids));
+    this.flags.write(from, numbers(Uint8Array, flags));
+    this.takeColumn(from, column);
+    for (const span of this.spans.splice(from)) span.remove();
+    for (const block of [...this.body.querySelectorAll(".wbr-block")]) if (!block.querySelector(".wbr-token")) block.remove();
+    this.pieces.length = from;
+    for (const piece of pieces) this.add(piece);
+    this.painted.to = Math.min(this.painted.to, from);
+    if (this.get("token") >= this.pieces.length) this.set({ token: -1 });
+    this.drawSoon();
+  }
+
+  takeColumn(from, [chosen, margins, gates]) {
+    this.chosen.write(from, numbers(Int16Array, chosen));
+    this.margins.write(from, numbers(Float32Array, margins));
+    this.gates.write(from, numbers(Float32Array, gates));
+  }
+
+  add(piece) {
+    const token = this.pieces.length;
+    const [flags] = this.flags.row(token);
+    const prompt = Boolean(flags & PROMPT);
+    const title = this.breaks.get(token);
+    let block = this.body.lastElementChild;
+    if (!block || title !== undefined || block.classList.contains("wbr-prompt") !== prompt) {
+      if (title !== undefined) this.body.append(element("div", { className: "wbr-sequence" }, title));
+      block = element("div", { className: prompt ? "wbr-block wbr-prompt" : "wbr-block", role: "presentation" });
+      this.body.append(block);
+    }
+    const span = element("span", { className: flags & SPECIAL ? "wbr-token wbr-special" : "wbr-token", role: "option", id: `${this.id}-${token}`, "data-token": String(token) }, piece.replace(/\n/g, "\u21b5\n") || "\u2205");
+    block.append(span);
+    this.pieces.push(piece);
+    this.spans.push(span);
+  }
+
+  // What is looked at
+
+  numberOf(target) {
+    const span = target.closest?.(".wbr-token");
+    return span ? Number(span.dataset.token) : -1;
+  }
+
+  get row() {
+    return Math.max(0, this.facts.layers.indexOf(this.get("layer")));
+  }
+
+  onKey(event) {
+    const step = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity, PageUp: -20, PageDown: 20 }[event.key];
+    const line = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    const last = this.pieces.length - 1;
+    if (event.ctrlKey || event.metaKey || event.altKey || last < 0) return;
+    const now = Math.min(this.get("token"), last);
+    if (event.key === "Escape") this.set({ token: -1 });
+    else if (line && now >= 0) this.set({ token: this.beside(now, line) });
+    else if (step || line) this.set({ token: now < 0 ? (step < 0 ? last : 0) : Math.max(0, Math.min(last, now + step)) });
+    else return;
+    event.preventDefault();
+  }
+
+  /** The token nearest above or below. */
+  beside(token, line) {
+    const own = this.spans[token].getBoundingClientRect();
+    let best = token;
+    let line_top = null;
+    for (let next = token + line; next >= 0 && next < this.spans.length; next += line) {
+      const box = this.spans[next].getClientRects()[0];
+      if (Math.abs(box.top - own.top) < 4) continue;
+      if (line_top === null) line_top = box.top;
+      else if (Math.abs(box.top - line_top) > 4) break;
+      if (best === token || Math.abs(box.left - own.left) < Math.abs(this.spans[best].getClientRects()[0].left - own.left)) best = next;
+    }
+    return best;
+  }
+
+  // Numbers
+
+  /** What tints a token; NaN: not measured. */
+  value(token, name = this.get("colour_by")) {
+    const [logprob, sampled, entropy, ms, cache] = this.measured.row(token);
+    const values = { probability: Math.exp(logprob), surprise: -logprob, sampled, entropy, ms, cache_bytes: cache };
+    if (name === "margin") return this.margins.row(token)[0];
+    return name === "expert" ? (this.chosen.row(token)[0] < 0 ? NaN : this.chosen.row(token)[0]) : values[name];
+  }
+
+  words(value, name) {
+    if (Number.isNaN(value)) return "not measured";
+    if (name === "cache_bytes") return bytes(value);
+    if (name === "margin" && value < 0) return "forced";
+    const unit = { surprise: " nats", entropy: " nats", ms: " ms" }[name] ?? "";
+    return `${name === "ms" ? Number(value.toPrecision(3)) : value < 0.001 ? short(Math.abs(value)) : Number(value.toFixed(3))}${unit}`;
+  }
+
+  /** [value without tint, value with full tint] */
+  scale({ name, clear, full }) {
+    const known = [];
+    for (let token = 0; token < this.pieces.length; token++) {
+      const value = this.value(token, name);
+      if (!Number.isNaN(value)) known.push(value);
+    }
+    const unit = name === "cache_bytes" ? 1024 : 1;
+    const most = clear !== null && full !== null ? 0 : unit * rounded(known.sort((a, b) => a - b)[Math.floor(0.98 * (known.length - 1))] / unit);
+    return [clear ?? most, full ?? most];
+  }
+
+  /** Experts in up to eight bands of their own hue: the groups of the model, where it has some. */
+  band(expert) {
+    const { experts, groups } = this.facts;
+    const size = groups > 1 ? experts / groups : Math.ceil(experts / Math.min(8, experts));
+    const number = Math.floor(expert / size);
+    return { number, size, hue: HUES[number % HUES.length], strength: 22 + Math.round((33 * (expert % size)) / Math.max(1, size - 1)) };
+  }
+
+  // Drawing
+
+  draw() {
+    const { facts } = this;
+    const name = this.get("colour_by");
+    const colour = facts.colours.find((each) => each.name === name) ?? { name, label: name, unit: "", clear: 0, full: 1, power: 1 };
+    const routed = facts.layers.length > 0;
+    this.colour.box.value = name;
+    this.layer.box.value = String(facts.layers[this.row] ?? "");
+    this.slot.box.value = String(Math.min(this.get("slot"), facts.k - 1));
+    this.layer.label.hidden = !routed || (name !== "expert" && name !== "margin");
+    this.slot.label.hidden = this.ids.hidden = name !== "expert" || !routed;
+    for (const option of this.colour.box.options) option.disabled = !routed && ["expert", "margin"].includes(option.value);
+    const ends = name === "expert" ? [0, 1] : this.scale(colour);
+    const key = `${name} ${ends} ${this.ids.getAttribute("aria-pressed")}`;
+    if (key !== this.painted.key) this.painted = { key, to: 0 };
+    for (let token = this.painted.to; token < this.spans.length; token++) this.paint(token, colour, ends);
+    this.painted.to = this.spans.length;
+    this.drawLegend(colour, ends);
+    this.drawSelected();
+  }
+
+  paint(token, { name, power }, ends) {
+    const { classList, style, dataset } = this.spans[token];
+    const value = this.value(token, name);
+    const known = !Number.isNaN(value);
+    classList.toggle("wbr-unmeasured", !known);
+    classList.toggle("wbr-banded", known && name === "expert");
+    classList.toggle("wbr-cost", known && (name === "ms" || name === "cache_bytes"));
+    classList.toggle("wbr-read", this.gates.row(token)[0] !== 0);
+    delete dataset.expert;
+    if (known && name === "expert") {
+      const { hue, strength } = this.band(value);
+      style.setProperty("--hue", hue);
+      style.setProperty("--strength", `${strength}%`);
+      if (this.ids.getAttribute("aria-pressed") === "true") dataset.expert = value;
+    } else {
+      const [at, clear, full] = [value, ...ends].map((each) => Math.sign(each) * Math.abs(each) ** power);
+      style.setProperty("--tint", known ? Math.min(1, Math.max(0, (at - clear) / (full - clear))).toFixed(3) : "0");
+    }
+  }
+
+  drawLegend(colour, [clear, full]) {
+    const { name, unit } = colour;
+    const parts = [];
+    const unmeasured = this.spans.reduce((count, _, token) => count + Number.isNaN(this.value(token, name)), 0);
+    if (name === "expert") parts.push(...this.bands());
+    else {
+      const end = (value, isOpen) => `${isOpen ? "\u2265 " : ""}${this.words(value, name)}`;
+      const bar = element("i", { className: name === "ms" || name === "cache_bytes" ? "wbr-scale wbr-costs" : "wbr-scale wbr-tints" });
+      parts.push(element("span", {}, end(clear, colour.clear === null)), bar, element("span", {}, end(full, colour.full === null)));
+      if (unit && !["nats", "ms", "bytes"].includes(unit)) parts.push(element("span", {}, unit));
+    }
+    if (unmeasured) parts.push(element("i", { className: "wbr-swatch wbr-unmeasured" }), element("span", {}, name === "expert" ? "not read" : "not measured"));
+    const { layers } = this.facts;
+    if (this.get("expert") >= 0 && layers.includes(this.get("layer"))) {
+      const count = this.spans.reduce((sum, _, token) => sum + (this.gates.row(token)[0] !== 0), 0);
+      parts.push(element("span", { className: "wbr-read" }, `read by expert ${this.get("expert")} of layer ${this.get("layer")}`), element("span", {}, `(${number(count)})`));
+    }
+    this.legend.replaceChildren(...parts);
+  }
+
+  bands() {
+    const { experts, groups } = this.facts;
+    if (!experts) return [];
+    const { size } = this.band(0);
+    return Array.from({ length: Math.ceil(experts / size) }, (_, n) => {
+      const last = Math.min(experts, (n + 1) * size) - 1;
+      const swatch = element("i", { className: "wbr-swatch" });
+      swatch.style.background = HUES[n % HUES.length];
+      return element("span", { className: "wbr-band", title: groups > 1 ? `group ${n}` : "" }, swatch, `${n * size}\u2013${last}`);
+    });
+  }
+
+  drawSelected() {
+    const token = this.get("token");
+    const span = this.spans[token];
+    if (this.marked !== span) {
+      this.marked?.classList.remove("wbr-selected");
+      this.marked?.setAttribute("aria-selected", "false");
+      span?.classList.add("wbr-selected");
+      span?.setAttribute("aria-selected", "true");
+      this.marked = span;
+      if (span) this.reveal(span);
+    }
+    if (span) this.body.setAttribute("aria-activedescendant", span.id);
+    else {
+      this.body.removeAttribute("aria-activedescendant");
+      if (this.facts.live && this.atEnd) this.body.scrollTop = this.body.scrollHeight;
+    }
+    const [head, ...lines] = span ? this.describe(token) : [`${plural(this.pieces.length, "token")}. Choose one to see its numbers and follow it in linked views.`];
+    const said = [head, ...lines].join(" \u00b7 ");
+    if (this.readout.textContent !== said) this.readout.textContent = said;
+  }
+
+  reveal(span) {
+    const { scrollTop, clientHeight } = this.body;
+    if (span.offsetTop < scrollTop) this.body.scrollTop = span.offsetTop - 8;
+    else if (span.offsetTop + span.offsetHeight > scrollTop + clientHeight) this.body.scrollTop = span.offsetTop + span.offsetHeight + 8 - clientHeight;
+  }
+
+  describe(token) {
+    const [id] = this.tokenIds.row(token);
+    const [flags] = this.flags.row(token);
+    const lines = [`token ${token} '${visible(this.pieces[token])}'`, `${flags & PROMPT ? "prompt" : "answer"}${id >= 0 ? `, id ${id}` : ""}`];
+    const absent = [];
+    for (const { name, label } of this.facts.colours) {
+      if (name === "expert" || (name === "margin" && !this.facts.layers.length)) continue;
+      const value = this.value(token, name);
+      if (Number.isNaN(value)) absent.push(label);
+      else if (name === "margin") lines.push(`layer ${this.facts.layers[this.row]}: expert ${this.chosen.row(token)[0]}, margin ${this.words(value, name)}`);
+      else lines.push(`${label} ${this.words(value, name)}`);
+    }
+    if (absent.length) lines.push(`not measured: ${absent.join(", ")}`);
+    return lines;
+  }
+}
+
+export default showing(StripView);
