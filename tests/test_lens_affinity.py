@@ -121,7 +121,7 @@ def test_labels_that_mean_nothing_in_texts_that_differ():
 
 
 def test_shuffling_tokens_finds_what_is_not_there():
-    quiet = texts(5, THREE, text=0.5)
+    quiet = texts(5, THREE, tokens=150, text=0.5)
     assert not specialisation(quiet).found
     wrong = specialisation(quiet, unit="token", rounds=100)
     assert wrong.found and wrong.verdict.endswith("p is far too small.")

@@ -147,10 +147,9 @@ class Engine:
         reply, watch = watched.reply, watched.watch
         held, self._held = self._held, None  # taken, not lent: a second stream at the same time starts its own
         held, kept = self._reusable(held, watched)
-        cache, watched.log = held.cache, held.log
+        cache, watched.log = held.cache, held.log.fork(kept)  # the log itself belongs to the trace of the last stream
         try:
             cache.truncate(kept)
-            watched.log.truncate(kept)
             reply.stats.reused_tokens = kept
             logits = self._prefill(watched, kept, cache, stop)
             started = perf_counter()

@@ -284,20 +284,21 @@ class Model(nn.Module):
         new = tokens.shape[1]
         positions = torch.arange(new).expand(tokens.shape)
         if cache is not None:
-            cache.reserve(new)
             positions = positions + torch.tensor(cache.lengths)[:, None]
-        rotations = self.rope.at(positions.to(self.device))  # [B, T, R/2]
         probe = probe.begin(self.config, positions, self.dtype)
+        if cache is not None:
+            cache.reserve(new)
+        rotations = self.rope.at(positions.to(self.device))  # [B, T, R/2]
         x = probe("embed", nn.functional.embedding(tokens.to(self.device), self.embedding))
         for block in self.blocks:
             x = block(x, rotations, cache, probe)
-        if cache is not None:
-            cache.advance(new)
         if logits == "last":
             x = x[:, -1:]
         x = probe("final.norm", ops.rms_norm(x, self.norm, self.config.rms_norm_eps))
         x = probe("logits", ops.linear(x, self.head).float())
         probe.end()
+        if cache is not None:
+            cache.advance(new)
         return x
 
     def unembed(self, x: torch.Tensor) -> torch.Tensor:

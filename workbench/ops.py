@@ -173,16 +173,18 @@ def route_open(logits: torch.Tensor, config: Config, probe: Probe) -> Routing:
     """The same step by step, each step a site that a probe may see and change; what is chosen may be changed too."""
     probs = probe("moe.router_probs", logits.softmax(-1))
     allowed = _among(probs, probe("moe.groups", groups_kept(probs, config)))
-    ids = probe.select(allowed.topk(config.num_experts_per_tok, -1).indices, allowed)
+    own = allowed.topk(config.num_experts_per_tok, -1).indices
+    ids = probe.select(own, allowed)
     read(probe, "moe.experts", ids)
     used, slots = ids >= 0, ids.clamp(min=0)
     others = allowed.scatter(-1, slots, torch.where(used, float("-inf"), allowed.gather(-1, slots)))
     best = others.amax(-1, keepdim=True).clamp(min=0)
-    chosen = probs.gather(-1, slots) * used
+    # what fills a slot for want of others weighs nothing; what a probe chose may come from a dropped group
+    chosen = probs.gather(-1, slots) * (allowed.gather(-1, slots) > 0 if ids is own else used)
     scores = torch.cat([chosen, best], -1)
     read(probe, "moe.scores", scores)
     gates = probe("moe.gates", _weighed(chosen, config, used.sum(-1, keepdim=True)))
-    return Routing(probs, slots, gates, scores)
+    return Routing(probs, slots, gates * used, scores)
 
 
 def groups_kept(probs: torch.Tensor, config: Config) -> torch.Tensor:

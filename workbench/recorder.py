@@ -20,7 +20,8 @@ class Recorder(Probe):
 
     Several passes (chunks of a prompt, then tokens one by one) are joined along the tokens. In [B, H, T, S] a pass knows
     only the keys that were there: later ones are NaN, and 0 in attn.pattern. A site that the model does not have, or not
-    in these layers, is a RequestError when a pass begins; one that nothing passed, when it is asked for.
+    in these layers, is a RequestError when a pass begins; one that nothing passed, when it is asked for. Where a pass
+    computes its last logits only, as those of the engine do, final.norm and logits have no other tokens.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Recorder(Probe):
                 f"{f' on top of {_size(self.nbytes)}' if self.nbytes else ''}; the limit is {_size(self.limit)}. Watch "
                 "fewer sites, narrow with layers= or positions=, use a shorter text, or raise limit=."
             )
-        return _Pass(self, where, length)
+        return _Pass(self, where, positions.shape[1], length)
 
     def __getitem__(self, key: tuple[str, int | None]) -> torch.Tensor:
         pieces = self._pieces.get(key)
@@ -61,7 +62,8 @@ class Recorder(Probe):
                 f"nothing passed {key!r}. Recorded: {seen or 'nothing yet; run a pass with this probe'}."
             )
         if len(pieces) > 1:
-            self._pieces[key] = pieces = [_joined(key[0], pieces)]
+            taken = list(pieces)
+            pieces[: len(taken)] = [_joined(key[0], taken)]  # in place: another thread may go on recording
         return pieces[0]
 
     def __contains__(self, key: tuple[str, int | None]) -> bool:
@@ -83,6 +85,9 @@ class Recorder(Probe):
         self.nbytes = 0
 
     def _check(self, config: Config) -> None:
+        last = config.num_hidden_layers - 1
+        if self.layers is not None and not self.layers <= set(range(last + 1)):
+            raise RequestError(f"layers go from 0 to {last} in this model; asked for {sorted(self.layers)}.")
         for site in self.sites:
             there = layers_with(site, config)
             if not there:
@@ -107,15 +112,19 @@ class Recorder(Probe):
 
     def _keep(self, pieces: dict[tuple[str, int | None], torch.Tensor]) -> None:
         for key, piece in pieces.items():
-            self._pieces.setdefault(key, []).append(piece)
+            before = self._pieces.setdefault(key, [])
+            if "T" not in SITES[key[0]].dims.split():  # keys of all tokens so far, those of the pass before included
+                self.nbytes -= sum(old.nbytes for old in before)
+                before.clear()
+            before.append(piece)
             self.nbytes += piece.nbytes
 
 
 class _Pass(Probe):
     """One pass. What it saw is handed over when it is complete, so that a failed one leaves nothing."""
 
-    def __init__(self, recorder: Recorder, where: torch.Tensor | None, length: int):
-        self.recorder, self.where, self.length = recorder, where, length
+    def __init__(self, recorder: Recorder, where: torch.Tensor | None, new: int, length: int):
+        self.recorder, self.where, self.new, self.length = recorder, where, new, length
         self.seen: dict[tuple[str, int | None], torch.Tensor] = {}
 
     def at(self, layer: int) -> Probe:
@@ -131,10 +140,15 @@ class _Pass(Probe):
         dims = SITES[site].dims.split()
         if "S" in dims:
             x = x.narrow(dims.index("S"), 0, self.length)  # a batch is padded to its longest sequence
-        elif not torch.is_grad_enabled() and x._is_view():
-            x = x.clone()  # not a window into a larger buffer, which would stay as long as the record
         if self.where is not None and "T" in dims:
-            x = x.index_select(dims.index("T"), self.where.to(x.device))
+            axis = dims.index("T")
+            left_out = self.new - x.shape[axis]  # by a pass that computes its last logits only
+            where = self.where[self.where >= left_out] - left_out
+            if not where.numel():
+                return
+            x = x.index_select(axis, where.to(x.device))
+        elif not torch.is_grad_enabled() and x.untyped_storage().nbytes() > x.nbytes:
+            x = x.clone()  # not a window into a larger buffer, which would stay as long as the record
         self.seen[site, layer] = x
 
     def end(self) -> None:
@@ -156,8 +170,6 @@ class _Layer(Probe):
 
 def _joined(site: str, pieces: list[torch.Tensor]) -> torch.Tensor:
     dims = SITES[site].dims.split()
-    if "T" not in dims:
-        return pieces[-1]  # keys of all tokens so far: the last pass has them all
     if "S" in dims:
         length, fill = max(piece.shape[-1] for piece in pieces), 0.0 if site == "attn.pattern" else math.nan
         pad = torch.nn.functional.pad

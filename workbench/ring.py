@@ -36,6 +36,7 @@ class RoutingLog:
     def __init__(self, layers: int, slots: int):
         self._blocks = [_nothing(layers, slots)]
         self._ring: RoutingRing | None = None
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         self._collect()
@@ -44,13 +45,20 @@ class RoutingLog:
     def rows(self, start: int = 0, stop: int | None = None) -> Routing:
         """Of the tokens from `start` to `stop`; fewer where the sequence ends before."""
         self._collect()
-        if len(self._blocks) > 1:
-            self._blocks = [Routing(*(np.concatenate(parts) for parts in zip(*self._blocks, strict=True)))]
-        return Routing(*(part[start:stop] for part in self._blocks[0]))
+        with self._lock:
+            if len(self._blocks) > 1:
+                self._blocks = [Routing(*(np.concatenate(parts) for parts in zip(*self._blocks, strict=True)))]
+            return Routing(*(part[start:stop] for part in self._blocks[0]))
 
-    def truncate(self, length: int) -> None:
-        """Forgets the tokens from position `length` on."""
-        self._blocks = [self.rows(0, length)]
+    def fork(self, length: int) -> "RoutingLog":
+        """Another log, of a sequence that begins with the first `length` tokens of this one."""
+        other = RoutingLog(0, 0)
+        other._blocks = [self.rows(0, length)]
+        return other
+
+    def _add(self, block: Routing) -> None:
+        with self._lock:
+            self._blocks.append(block)
 
     def _collect(self) -> None:
         if self._ring is not None:
@@ -116,7 +124,8 @@ class RoutingRing(Probe):
 
     def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
         if site in self._passing:
-            self._passing[site].append(x)
+            missing = self.slots + (site == "moe.scores") - x.shape[-1]
+            self._passing[site].append(_widened(site, x, missing) if missing else x)
         return x
 
     def end(self) -> None:
@@ -173,7 +182,7 @@ class RoutingRing(Probe):
             for first, tokens, logs in owed:
                 for number, log in enumerate(logs):
                     start = first + number * tokens
-                    log._blocks.append(Routing(*(part[start : start + tokens] for part in rows)))
+                    log._add(Routing(*(part[start : start + tokens] for part in rows)))
             self._owed, self._written = [], 0
             self._cursor.zero_()
 
@@ -189,6 +198,14 @@ class RoutingRing(Probe):
     def nbytes(self) -> int:
         """Held on the device."""
         return sum(ring.nbytes for ring in self._rings)
+
+
+def _widened(site: str, x: torch.Tensor, missing: int) -> torch.Tensor:
+    """With slots that are not used, where an edit gives another layer or pass more of them."""
+    assert missing > 0, f"{-missing} slots too few: make RoutingRing(..., slots=n) as wide as the edits do"
+    unused = x.new_full((*x.shape[:-1], missing), -1 if site == "moe.experts" else 0)
+    chosen = x.shape[-1] - (site == "moe.scores")  # its last entry is the best that was not chosen
+    return torch.cat([x[..., :chosen], unused, x[..., chosen:]], -1)
 
 
 def _nothing(layers: int, slots: int) -> Routing:

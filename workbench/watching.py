@@ -31,7 +31,7 @@ class Watch:
     def __init__(self, model: Model, name: str, edits: Sequence[Edit] = (), sites: Sequence[str] = (), scores=False):
         self.model, self.name, self.config = model, name, model.config
         self.edits, self.scores = tuple(edits), bool(scores)
-        self.sites = tuple(sites)
+        self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         self.editing = Editing(self.edits, self.config, [], model.device) if self.edits else None
         slots = max(self.editing.width.values(), default=None) if self.editing else None
         self.ring = RoutingRing(self.config, model.device, slots)
@@ -144,7 +144,9 @@ class Watched:
         layers = self._scores.layers_of("moe.router_probs")
         if not layers:
             return None
-        rows = torch.stack([self._scores["moe.router_probs", layer][0] for layer in layers], 1).cpu().numpy()[:count]
+        each = [self._scores["moe.router_probs", layer][0] for layer in layers]
+        read = min(count, *map(len, each))  # a pass may be ending in another thread
+        rows = torch.stack([one[:read] for one in each], 1).cpu().numpy()
         return np.pad(rows, ((0, count - len(rows)), (0, 0), (0, 0)), constant_values=np.nan)
 
 

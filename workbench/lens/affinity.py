@@ -148,9 +148,7 @@ def specialisation(
     sizes = np.bincount(read.label, minlength=len(read.names))
     if len(sizes) < 2 or sizes.min() < 2:
         have = ", ".join(f"{name} ({size})" for name, size in zip(read.names, sizes)) or "none"
-        raise RequestError(
-            f"needs two labels or more, each of two sequences or more, that were read; there are: {have}."
-        )
+        raise RequestError(f"a comparison takes two labels or more, each of two sequences or more; there are: {have}.")
     units = units_of(read, unit, control)
     random = np.random.default_rng(seed)
     hot = np.eye(len(sizes))[units.label].T  # [C, U]

@@ -29,8 +29,8 @@ def lift(trace: Trace, layer: int, phase: str | None = None) -> pd.DataFrame:
     Independent choice (`lens.independent`) keeps how often each expert is chosen, that the experts of a token are
     different, and in a group-limited model that they come from topk_group groups; this last makes experts of one group
     meet more often than others, which is no affinity. Without it where an edit broke the limit in this trace. Tokens
-    with another number of experts (edits) are expected apart and added. A router whose logits are unrelated comes within
-    some per cent of this null, not nearer: its groups are those of its best experts.
+    with another number of experts (edits) are expected apart and added. A router whose logits are unrelated comes
+    within some per cent of this null, not nearer: its groups are those of its best experts.
     """
     read = _chosen(trace, layer, phase)[0]
     observed = _together(read, trace.n_experts)

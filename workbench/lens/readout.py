@@ -86,8 +86,8 @@ def expert_lens(
     The final norm divides by the root mean square of what it is given. It is made linear by keeping that of resid_mid:
     the head, times the norm's weight, times gate x output, over rms(resid_mid), less its mean over the vocabulary
     (which no softmax sees). So the parts of a token add up to that of their sum, as the differences
-    logits(resid_mid + part) - logits(resid_mid) would not. What an expert does by way of the norm is left out, and so is
-    what later layers make of it (the direct path of Elhage et al. 2021, transformer-circuits.pub).
+    logits(resid_mid + part) - logits(resid_mid) would not. What an expert does by way of the norm is left out, and what
+    later layers make of it too (the direct path of Elhage et al. 2021, transformer-circuits.pub).
 
     token, slot, expert, gate
     towards, up      the `count` tokens whose logits it raises most, and by how much, in lists

@@ -34,6 +34,8 @@ class SideBySide(View):
     _esm = script("view.js", "pairs.js", "compare.js")
     _css = script("view.css", "compare.css")
 
+    selection: "Selection | None" = None  # also while a refused one is thrown away
+
     def __init__(
         self,
         a: Trace,

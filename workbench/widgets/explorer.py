@@ -1,4 +1,4 @@
-"""What opens below a conversation: where each token of a reply went, one token in full, edits, and two replies compared."""
+"""What opens below a conversation: where each token of a reply went, one token in full, edits, two replies compared."""
 
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
@@ -113,7 +113,7 @@ class Explorer(ipywidgets.VBox):
         """Shows two replies side by side. RequestError unless both are complete."""
         if before.trace is None or after.trace is None:
             raise RequestError("both replies must be complete and made in this session, with their traces.")
-        old, self.compared = self.compared, SideBySide(before.trace, after.trace)
+        old, self.compared = self.compared, SideBySide(before.trace, after.trace, selection=self.selection)
         self._beside.children = (self.compared,)
         self._sections.selected_index = 2
         if old is not None:
@@ -149,15 +149,10 @@ class Explorer(ipywidgets.VBox):
                 self.show(self._newest())
         elif event.kind == "started":
             self.show(event.turn)
-        elif (
-            event.turn is self.turn
-            and event.kind == "step"
-            and monotonic() - self._last >= INTERVAL
-            or event.turn is self.turn
-            and event.kind == "finished"
-            and event.turn.trace is not None
-        ):
-            self._grow(event.turn)
+        elif event.turn is self.turn:
+            step = event.kind == "step" and monotonic() - self._last >= INTERVAL
+            if step or (event.kind == "finished" and event.turn.trace is not None):
+                self._grow(event.turn)
 
     def _compare(self) -> None:
         before, after = self._waiting

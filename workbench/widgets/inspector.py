@@ -30,6 +30,8 @@ class TokenInspector(View):
     _esm = script("view.js", "router.js", "inspector.js")
     _css = script("view.css", "inspector.css")
 
+    selection: "Selection | None" = None  # also while a refused one is thrown away
+
     def __init__(
         self,
         source: Callable[[int], Inspection] | None = None,

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -12,7 +13,7 @@ INK, SOFT, LINE, PAPER, EMPTY = "#1b1f24", "#5d6670", "#c9d1d9", "#ffffff", "#f1
 RAMP = ((222, 235, 247), (158, 202, 225), (66, 146, 198), (8, 81, 156), (8, 38, 84))
 ORANGE = (230, 159, 0)
 SCALE = 2  # pixels of the file to one of the page, so that text stays crisp
-FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf")  # the first that is installed; else the one Pillow brings
+FONT, EAST_ASIAN = "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc"  # where they are installed; else the one Pillow brings
 
 
 def heat(values: np.ndarray, layers: Sequence[int], n_group: int, title: str, unit: str) -> bytes:
@@ -56,11 +57,11 @@ def strip(
 
     scale: what no tint and full tint mean.
     """
-    font, across, line = _font(13), 900, 24
+    across, line = 900, 24
     places, x, y = [], 16, 60
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     for piece in pieces:
-        width = probe.textlength(piece, font) / SCALE + 8
+        width = probe.textlength(piece, _font_for(piece, 12)) / SCALE + 8
         if x + width > across - 16 and x > 16:
             x, y = 16, y + line
         places.append((x, y, width))
@@ -81,7 +82,7 @@ def strip(
                 draw.line((offset, box[3], end, box[3] - (end - offset)), fill="#e4e8ec", width=SCALE)
         else:
             draw.rectangle(box, fill=_tint(value), outline=LINE, width=SCALE)
-        draw.text((box[0] + 4 * SCALE, box[1] + SCALE), piece, SOFT if before else INK, font)
+        draw.text((box[0] + 4 * SCALE, box[1] + SCALE), piece, SOFT if before else INK, _font_for(piece, 12))
     return _png(image)
 
 
@@ -94,13 +95,16 @@ def _text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: i
     draw.text((at[0] * SCALE, at[1] * SCALE), text, colour, _font(size))
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    for name in FONTS:
-        try:
-            return ImageFont.truetype(name, size * SCALE)
-        except OSError:
-            continue
-    return ImageFont.load_default(size * SCALE)
+@cache
+def _font(size: int, name: str = FONT) -> ImageFont.FreeTypeFont:
+    try:
+        return ImageFont.truetype(name, size * SCALE)
+    except OSError:
+        return ImageFont.load_default(size * SCALE)
+
+
+def _font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    return _font(size, EAST_ASIAN if any(character >= "\u2e80" for character in text) else FONT)
 
 
 def _ramp(share: float) -> tuple[int, int, int]:

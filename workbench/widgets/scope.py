@@ -12,7 +12,7 @@ from workbench.errors import RequestError
 from workbench.widgets import picture
 from workbench.widgets.geometry import Geometry, last_margin
 from workbench.widgets.live import LiveView, Message, following, whole
-from workbench.widgets.rows import Rows
+from workbench.widgets.rows import RoutingRows
 from workbench.widgets.selection import Selection
 from workbench.widgets.view import script
 
@@ -80,7 +80,7 @@ class RoutingScope(LiveView):
         token = self._shown() if token is None else token
         if not 0 <= token < len(self):
             raise RequestError(f"no token {token}: there are {len(self)}, numbered from 0.")
-        experts = self._experts.values[token]
+        experts = self._routing.experts[token]
         row, slot = np.nonzero(experts >= 0)
         used = row, slot
         return pd.DataFrame(
@@ -88,22 +88,24 @@ class RoutingScope(LiveView):
                 "layer": np.array(self.geometry.layers, np.int32)[row],
                 "slot": slot.astype(np.int8),
                 "expert": experts[used],
-                "gate": self._gates.values[token][used],
-                "margin": self._margins.values[token][used],
+                "gate": self._routing.gates[token][used],
+                "margin": self._routing.margins[token][used],
             }
         )
 
     def heat(self, by: str | None = None) -> pd.DataFrame:
         """Layers down, experts across: by how many tokens each was chosen, or with "gate" the sum of their gates."""
         by = self.by if by is None else by
-        experts = self._experts.values
+        experts = self._routing.experts
         _, row, _ = np.nonzero(experts >= 0)
         used = experts >= 0
         flat = row * self.geometry.n_experts + experts[used]
         shape = len(self.geometry.layers), self.geometry.n_experts
-        weights = self._gates.values[used] if by == "gate" else None
+        weights = self._routing.gates[used] if by == "gate" else None
         values = np.bincount(flat, weights, shape[0] * shape[1]).reshape(shape)
-        return pd.DataFrame(values, pd.Index(self.geometry.layers, name="layer"), pd.RangeIndex(shape[1], name="expert"))
+        return pd.DataFrame(
+            values, pd.Index(self.geometry.layers, name="layer"), pd.RangeIndex(shape[1], name="expert")
+        )
 
     def load(self) -> pd.DataFrame:
         """A row a layer: its busiest expert, how often that was chosen, that over the mean, and how many never were."""
@@ -120,37 +122,36 @@ class RoutingScope(LiveView):
 
     def __len__(self) -> int:
         """Tokens."""
-        return len(self._experts)
+        return len(self._routing)
 
     # Behind the methods
 
     def _fill(self, geometry: Geometry, label: str, live: bool) -> None:
-        shape = len(geometry.layers), geometry.k
         self.geometry, self.label, self._live = geometry, label, live
         self._pieces: list[str] = []
-        self._experts, self._gates, self._margins = Rows(shape, np.int16), Rows(shape, np.float32), Rows(shape, np.float32)
+        self._routing = RoutingRows(geometry)
         self.token = -1
 
-    def _write(self, start: int, pieces: Sequence[str], *arrays: np.ndarray) -> None:
-        named = zip(("experts", "gates", "margins"), arrays, (np.int16, np.float32, np.float32))
-        checked = [self.geometry.check(name, array, len(pieces), dtype) for name, array, dtype in named]
-        for rows, array in zip((self._experts, self._gates, self._margins), checked):
-            rows.write(start, array)
+    def _write(
+        self, start: int, pieces: Sequence[str], experts: np.ndarray, gates: np.ndarray, margins: np.ndarray
+    ) -> None:
+        arrays = self._routing.checked(len(pieces), experts=experts, gates=gates, margins=margins)
+        self._routing.write(start, arrays)
         self._pieces[start:] = whole(pieces)
 
     def _shown(self) -> int:
         if self.token >= 0:
             return self.token
-        read = np.flatnonzero((self._experts.values >= 0).any((1, 2)))
+        read = np.flatnonzero((self._routing.experts >= 0).any((1, 2)))
         return int(read[-1]) if len(read) else len(self) - 1
 
     def _news(self, start: int) -> Message:
         """Tokens from `start` on. See `decode` in scope.js, which reads this."""
-        experts, gates = self._experts.values[start:], self._gates.values[start:]
+        experts, gates = self._routing.experts[start:], self._routing.gates[start:]
         kind = "<u1" if self.geometry.n_experts <= 255 else "<u2"
         ids = np.where(experts >= 0, experts, np.iinfo(kind).max).astype(kind)
         scale = float(gates.max(initial=0)) or 1.0
-        margins = last_margin(experts, self._margins.values[start:])
+        margins = last_margin(experts, self._routing.margins[start:])
         coded = np.sign(margins) * np.round(127 * np.sqrt(np.minimum(np.abs(margins), 1)))
         buffers = [
             ids.tobytes(),
@@ -178,7 +179,7 @@ class RoutingScope(LiveView):
         match message:
             case {"kind": "exact", "token": int(token)} if 0 <= token < len(self):
                 with self._lock:
-                    buffers = [self._gates.values[token].tobytes(), self._margins.values[token].tobytes()]
+                    buffers = [self._routing.gates[token].tobytes(), self._routing.margins[token].tobytes()]
                     self._tell({"kind": "exact", "token": token}, buffers)
 
     def __repr__(self) -> str:

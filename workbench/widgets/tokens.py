@@ -12,7 +12,7 @@ import traitlets
 from workbench.widgets import picture
 from workbench.widgets.geometry import Geometry, last_margin
 from workbench.widgets.live import LiveView, Message, following, whole
-from workbench.widgets.rows import Rows
+from workbench.widgets.rows import RoutingRows, Rows
 from workbench.widgets.selection import Selection
 from workbench.widgets.view import script
 
@@ -135,44 +135,45 @@ class TokenStrip(LiveView):
     # Behind the methods
 
     def _fill(self, geometry: Geometry, live: bool) -> None:
-        shape = len(geometry.layers), geometry.k
         self.geometry, self._live = geometry, live
         self._breaks: list[tuple[int, str]] = []
         self._pieces: list[str] = []
         self._measured, self._ids, self._flags = Rows((5,), np.float32), Rows((), np.int32), Rows((), np.uint8)
-        self._experts, self._gates, self._margins = Rows(shape, np.int16), Rows(shape, np.float32), Rows(shape, np.float32)
+        self._routing = RoutingRows(geometry)
         self.token = -1
 
-    def _write(self, start: int, tokens: pd.DataFrame, *routing: np.ndarray | None) -> None:
+    def _write(
+        self,
+        start: int,
+        tokens: pd.DataFrame,
+        experts: np.ndarray | None,
+        gates: np.ndarray | None,
+        margins: np.ndarray | None,
+    ) -> None:
         count = len(tokens)
-        shape = count, len(self.geometry.layers), self.geometry.k
-        for name, rows, array, missing in zip(
-            ("experts", "gates", "margins"), (self._experts, self._gates, self._margins), routing, (-1, 0, math.nan)
-        ):
-            dtype = rows.values.dtype
-            given = np.full(shape, missing, dtype) if array is None else self.geometry.check(name, array, count, dtype)
-            rows.write(start, given)
+        arrays = self._routing.checked(count, experts=experts, gates=gates, margins=margins)
         texts = [str(text) for text in tokens["text"]]
         measured = tokens.reindex(columns=list(MEASURED)).to_numpy(np.float32)
         measured[measured[:, 4] < 0, 4] = math.nan  # a Trace's -1: unknown
-        self._measured.write(start, measured)
-        ids = tokens["id"] if "id" in tokens else np.full(count, -1)
-        self._ids.write(start, np.asarray(ids, np.int32))
+        ids = np.asarray(tokens["id"] if "id" in tokens else np.full(count, -1), np.int32)
         prompt = np.asarray(tokens["phase"] == "prefill" if "phase" in tokens else np.zeros(count, bool))
         special = np.array([_is_special(text) for text in texts], bool)
+        self._routing.write(start, arrays)
+        self._measured.write(start, measured)
+        self._ids.write(start, ids)
         self._flags.write(start, (PROMPT * prompt + SPECIAL * special).astype(np.uint8))
         self._pieces[start:] = whole(texts)
 
     def _column(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of tokens from `start` on, in the layer that is looked at: the expert of the slot, the margin, and the gate
         of the selected expert (0: not chosen)."""
-        experts, margins = self._experts.values[start:], self._margins.values[start:]
+        experts, margins = self._routing.experts[start:], self._routing.margins[start:]
         if not self.geometry.layers or not self.geometry.k:
             count = len(experts)
             return np.full(count, -1, np.int16), np.full(count, math.nan, np.float32), np.zeros(count, np.float32)
         row = self._row()
         slot = min(self.slot, self.geometry.k - 1)
-        gates = np.where(experts[:, row] == max(0, self.expert), self._gates.values[start:, row], 0).sum(-1)
+        gates = np.where(experts[:, row] == max(0, self.expert), self._routing.gates[start:, row], 0).sum(-1)
         if self.expert < 0 or self.layer not in self.geometry.layers:
             gates = np.zeros(len(experts))
         return experts[:, row, slot], last_margin(experts[:, row], margins[:, row]), gates.astype(np.float32)

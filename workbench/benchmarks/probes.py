@@ -1,0 +1,304 @@
+"""What looking costs: decoding and prefill with probes off, recording and editing, against code without probes (bare.py).
+
+The machine is shared and its speed drifts by more than what is measured. So every way of looking runs in many short
+blocks, all of them in every round and in a new order each time, and is compared with the baseline of its own round; the
+baseline runs twice, and its second run against its first shows what a difference of nothing looks like.
+"""
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from workbench.benchmarks.bare import copy_of
+from workbench.benchmarks.measure import (
+    DTYPES,
+    RESULTS,
+    about,
+    checkpoint_of,
+    computing_with,
+    keep,
+    load_average,
+    scatter,
+)
+from workbench.benchmarks.rivals import CACHE
+from workbench.cache import LatentCache
+from workbench.checkpoint import open_model
+from workbench.config import Config
+from workbench.editing import Editing
+from workbench.edits import Ablate, Edit, TopK
+from workbench.errors import RequestError
+from workbench.model import Model
+from workbench.probe import OFF, SITES, Probe, both, layers_with
+from workbench.recorder import Recorder
+from workbench.ring import RoutingRing
+
+BARE, AGAIN, OFF_NAME, STATIC = "no probes in the code", "the same again", "probes off", "static routing recorder"
+LIMITS = {OFF_NAME: 0.5, STATIC: 2.0}  # percent
+STEPS = 16  # tokens of a block: the static recorder is read off after each, more often than a live view asks
+PROMPT = 128  # tokens
+SECONDS = {"decode": 75.0, "prefill": 20.0}  # rounds that fit into it are the default
+FEWEST = 5  # rounds
+CHECKED = 32  # positions whose logits must agree before anything is timed
+RESAMPLES = 2000
+
+
+class Way(NamedTuple):
+    """A way of looking: `probe` makes the probe of a pass, `after` ends a block, `before` a block of something else."""
+
+    name: str
+    model: nn.Module
+    probe: Callable[[], Probe] | None  # None: the model takes none
+    before: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
+
+    def run(self, tokens: torch.Tensor, cache: LatentCache) -> torch.Tensor:
+        """One pass, as Engine does it."""
+        if self.probe is None:
+            return self.model(tokens, cache, logits="last")
+        return self.model(tokens, cache, self.probe(), logits="last")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds per token in every round. `extra`: percent over the baseline of the same round."""
+
+    name: str
+    ms: tuple[float, ...]
+    extra: tuple[float, ...]
+    ops: int  # that torch carries out in one pass
+    limit: float | None = None
+
+    @property
+    def percent(self) -> float:
+        return statistics.median(self.extra)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the median, 95 %, by bootstrap over rounds."""
+        rng = np.random.default_rng(0)
+        picked = rng.integers(0, len(self.extra), (RESAMPLES, len(self.extra)))
+        low, high = np.quantile(np.median(np.array(self.extra)[picked], 1), (0.025, 0.975))
+        return float(low), float(high)
+
+    @property
+    def verdict(self) -> str:
+        if self.limit is None:
+            return ""
+        low, high = self.interval
+        return "met" if high <= self.limit else "MISSED" if low > self.limit else "open: run more rounds"
+
+    def to_dict(self) -> dict:
+        summary = {"median_ms": statistics.median(self.ms), "percent": self.percent, "interval": self.interval}
+        return asdict(self) | summary | {"verdict": self.verdict}
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        line = (
+            f"{self.name:44}{statistics.median(self.ms):9.4f}{self.percent:+9.2f} %{f'{low:+.2f} to {high:+.2f}':>20}"
+            f"{self.ops:7}"
+        )
+        return line if self.limit is None else f"{line}   <= {self.limit} %: {self.verdict}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: where, on what, and every figure."""
+
+    about: dict
+    decode: tuple[Row, ...]
+    prefill: tuple[Row, ...]
+
+    def to_dict(self) -> dict:
+        tables = {"decode": self.decode, "prefill": self.prefill}
+        return {"about": self.about} | {name: [row.to_dict() for row in rows] for name, rows in tables.items()}
+
+    def __str__(self) -> str:
+        about = self.about
+        lines = [
+            f"{about['model']}: {about['parameters'] / 1e6:.1f}M parameters; {about['dtype']}, threads: {about['threads']}",
+            f"{about['cpu']}; torch {about['torch']}",
+            "without probes and off: the same bits, the same operations",
+            scatter(about["load"]).rstrip(),
+        ]
+        for rows, what in (
+            (self.decode, f"decode at {about['context']:,}, {STEPS} tokens a block"),
+            (self.prefill, f"prefill of {PROMPT}"),
+        ):
+            lines += ["", f"{f'{what}, rounds: {len(rows[0].ms)}':44}{'ms/token':>9}{'more':>11}{'95 %':>20}{'ops':>7}"]
+            lines += map(str, rows)
+        return "\n".join(line for number, line in enumerate(lines) if line or number > 3)
+
+    def save(self, folder: Path = RESULTS) -> Path:
+        return keep(folder, f"probes-at-{self.about['context']}", self.to_dict())
+
+
+def measure(
+    checkpoint: Path | None = None,
+    *,
+    shape: str | None = None,
+    dtype: str = "float32",
+    threads: int | None = None,
+    rounds: int | None = None,
+    context: int = 256,
+) -> Result:
+    """On `checkpoint`, on random weights of a `shape`, or on pocket, with `context` tokens in the cache.
+
+    RequestError where code without probes computes something else than probes that are off; then nothing is timed.
+    """
+    if rounds is not None and rounds < 1:
+        raise RequestError("rounds and threads must be at least 1.")
+    load = load_average()
+    with computing_with(threads), checkpoint_of(checkpoint, shape) as path, torch.inference_mode():
+        model = open_model(path, dtype=DTYPES[dtype])
+        config = model.config
+        most = config.max_position_embeddings - STEPS - 1
+        if not 1 <= context <= most or most < PROMPT:
+            raise RequestError(f"context must be from 1 to {most:,}, so that {STEPS} tokens fit behind it.")
+        ways = ways_of(model)
+        tokens = torch.randint(config.vocab_size, (1, context + STEPS + PROMPT), generator=torch.Generator().manual_seed(0))
+        cache = LatentCache(config, format=CACHE[model.dtype])
+        check(ways, tokens[:, :CHECKED], cache)
+        prefill = _table(ways, tokens[:, :PROMPT], cache, 0, 1, rounds, SECONDS["prefill"])
+        cache.truncate(0)
+        model(tokens[:, :context], cache, logits="last")
+        decode = _table(ways, tokens[:, context : context + 1], cache, context, STEPS, rounds, SECONDS["decode"])
+        run = {"dtype": dtype, "context": context, "load": load, "rounds": len(decode[0].ms)}
+        return Result(about(config, path, shape) | run, decode, prefill)
+
+
+def ways_of(model: Model) -> list[Way]:
+    """All that are measured, the baseline first, each under code of its own."""
+    config = model.config
+    moe = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
+    watched = [site for site in SITES if site.startswith(("resid.", "moe.router", "moe.experts", "moe.gates", "moe.scores"))]
+    ways = [
+        Way(BARE, copy_of(model, probes=False), None),
+        Way(AGAIN, copy_of(model, probes=False), None),
+        Way(OFF_NAME, copy_of(model, probes=True), lambda: OFF),
+        _recorded(model, "residual and router sites", watched),
+        _recorded(model, "all sites, attention in the open", SITES),
+    ]
+    if moe:
+        ways[3:3] = [
+            _static(model, STATIC),
+            _static(model, "static, one expert of one layer ablated", Ablate(moe[-1], 0)),
+            _static(model, "static, TopK in every layer", TopK(None, config.num_experts_per_tok)),
+        ]
+    return ways
+
+
+def _static(model: Model, name: str, *edits: Edit) -> Way:
+    """As the engine always records, see Watch. A TopK with the model's own K costs what looking costs, and no more."""
+    ring = RoutingRing(model.config)
+    editing = Editing(edits, model.config, []) if edits else None
+    log = ring.log()
+
+    def probe() -> Probe:
+        return both(editing.on([0]) if editing else OFF, ring.to(log))
+
+    return Way(name, copy_of(model, probes=True), probe, lambda: log.truncate(0), ring.drain)
+
+
+def _recorded(model: Model, name: str, sites: Sequence[str]) -> Way:
+    there = [site for site in sites if layers_with(site, model.config)]
+    recorder = Recorder(*there, limit=1 << 40)
+    return Way(name, copy_of(model, probes=True), lambda: recorder, recorder.clear)
+
+
+def check(ways: Sequence[Way], tokens: torch.Tensor, cache: LatentCache) -> None:
+    """RequestError unless the baseline and probes that are off give the same bits by the same operations."""
+    bare, off = (next(way for way in ways if way.name == name) for name in (BARE, OFF_NAME))
+    for piece in (tokens[:, :-1], tokens[:, -1:]):
+        start, (a, b) = cache.lengths[0], (_Listed(), _Listed())
+        with a:
+            expected = bare.run(piece, cache)
+        cache.truncate(start)
+        with b:
+            got = off.run(piece, cache)
+        if not torch.equal(expected, got) or a.ops != b.ops:
+            what = "the same operations" if torch.equal(expected, got) else "the same logits"
+            raise RequestError(f"code without probes and probes that are off do not give {what}: nothing was timed.")
+    cache.truncate(0)
+
+
+class _Listed(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _table(
+    ways: Sequence[Way], tokens: torch.Tensor, cache: LatentCache, at: int, passes: int, rounds: int | None, seconds: float
+) -> tuple[Row, ...]:
+    """The ways in turns on `tokens`, `passes` of them one after the other, with `at` tokens in the cache before."""
+    counts = [_ops(way, tokens, cache, at) for way in ways]
+    if rounds is None:
+        started = time.perf_counter()
+        _round(ways, tokens, cache, at, passes, order=range(len(ways)))
+        rounds = max(FEWEST, int(seconds / (time.perf_counter() - started)))
+    dice = random.Random(0)
+    taken = []  # [rounds][ways] ms per token
+    for _ in range(rounds):
+        order = dice.sample(range(len(ways)), len(ways))
+        taken.append(_round(ways, tokens, cache, at, passes, order))
+    rows = []
+    for number, (way, ops) in enumerate(zip(ways, counts, strict=True)):
+        base = [each[0] if way.name in (BARE, AGAIN) else (each[0] + each[1]) / 2 for each in taken]
+        ms = [each[number] for each in taken]
+        extra = tuple(round(100 * (one / b - 1), 3) for one, b in zip(ms, base, strict=True))
+        rows.append(Row(way.name, tuple(round(one, 5) for one in ms), extra, ops, LIMITS.get(way.name)))
+    return tuple(rows)
+
+
+def _ops(way: Way, tokens: torch.Tensor, cache: LatentCache, at: int) -> int:
+    listed = _Listed()
+    with listed:
+        way.run(tokens, cache)
+    cache.truncate(at)
+    way.after()
+    way.before()
+    return len(listed.ops)
+
+
+def _round(
+    ways: Sequence[Way], tokens: torch.Tensor, cache: LatentCache, at: int, passes: int, order: Sequence[int]
+) -> list[float]:
+    """Milliseconds per token of each way, run in this order."""
+    taken = [0.0] * len(ways)
+    for number in order:
+        taken[number] = _block(ways[number], tokens, cache, passes) / (passes * tokens.shape[1])
+        cache.truncate(at)
+    return taken
+
+
+def _block(way: Way, tokens: torch.Tensor, cache: LatentCache, passes: int) -> float:
+    """Milliseconds. What the block before left in the processor's caches is made up for by a pass that is not timed."""
+    length = cache.lengths[0]
+    way.run(tokens, cache)
+    if passes == 1:
+        cache.truncate(length)
+    way.after()
+    way.before()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for _ in range(passes):
+            way.run(tokens, cache)
+        way.after()
+        return 1e3 * (time.perf_counter() - started)
+    finally:
+        gc.enable()
