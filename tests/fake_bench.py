@@ -2,7 +2,7 @@
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,7 +107,7 @@ class FakeEngine:
 
 class FakeStream:
     def __init__(self, engine, tokens, sampling, stop, prompt, kept):
-        self.kept, self.seen, self.watched = kept, list(kept), None
+        self.kept, self.seen = kept, list(kept)
         self.engine, self.tokens, self.sampling, self.stop = engine, tokens, sampling, stop
         self.start = sum(len(m.get("tokens") or m["content"]) for m in prompt)
         self.stats = FakeStats(prompt_tokens=self.start, prefilled_tokens=self.start)
@@ -115,14 +115,17 @@ class FakeStream:
     def close(self):
         self.closed = True
 
+    @property
+    def watched(self):
+        return FakeWatched(self)
+
+    @property
+    def steps(self):
+        return self.seen[len(self.kept) :]
+
     def trace(self):
-        """Text and tokens, of a model without experts."""
-        tokens = pd.DataFrame({"id": self.seen, "text": [self.engine.tokenizer.piece(token) for token in self.seen]})
-        tokens = tokens.assign(sequence=0, position=range(len(self.seen)), phase="decode", cache_bytes=-1)
-        tokens = tokens.assign(logprob=float("nan"), probability=float("nan"), entropy=float("nan"), ms=float("nan"))
         header = new_header("fake", "0", {}, sequences=[{"prompt_tokens": len(self.kept)}])
-        nothing = np.zeros((len(self.seen), 0, 0))
-        return Trace(header, tokens, (), nothing, nothing, nothing)
+        return Trace(header, self.watched.tokens(self.steps), (), *self.watched.routing())
 
     def __iter__(self):
         decoder = self.engine.tokenizer.stream(special=False)
@@ -160,12 +163,28 @@ class FakeStream:
                 return
 
 
+class FakeWatched:
+    """Of the tokens only the text is known, and nothing is routed."""
+
+    def __init__(self, stream):
+        self.seen, self.piece = stream.seen, stream.engine.tokenizer.piece
+
+    def tokens(self, steps, start=0):
+        seen = self.seen[start:]
+        table = pd.DataFrame({"id": seen, "text": [self.piece(token) for token in seen]})
+        table = table.assign(sequence=0, position=range(start, start + len(seen)), phase="decode", cache_bytes=-1)
+        return table.assign(logprob=float("nan"), probability=float("nan"), entropy=float("nan"), ms=float("nan"))
+
+    def routing(self, start=0):
+        return [np.zeros((len(self.seen) - start, 0, 0))] * 3
+
+
 class FakeBench:
     """As much of a Workbench as a conversation and its panel use."""
 
     def __init__(self):
         self.name = "fake"
-        self.config = Config.preset("pocket")
+        self.config = replace(Config.preset("pocket"), n_routed_experts=None, num_experts_per_tok=0)  # nothing is routed
         self.context = 2048
         self.tokenizer = FakeTokenizer()
         self.engine = FakeEngine(self.tokenizer)

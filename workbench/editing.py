@@ -49,6 +49,7 @@ class Editing(Probe):
         self.bias: dict[tuple[int, int], torch.Tensor] = {}  # (number of the edit, layer) -> [E]
         self.limit: dict[int, torch.Tensor] = {}  # number of the edit -> [], the k of a TopK
         self.tables: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # replayed ids and gates [n, K]
+        self.values: dict[int, torch.Tensor] = {}  # number of the edit -> the experts of a Force, the vector of an Add
         for number, edit in enumerate(self.edits):
             self._prepare(number, edit)
         if live:
@@ -61,7 +62,7 @@ class Editing(Probe):
 
     def update(self, edits: Sequence[Edit]) -> None:
         """Replaces what a `live` Editing adds to the logits, in place, by Ablate and Bias edits of all positions."""
-        check(edits, self.config)
+        check([*self.edits, *edits], self.config)
         if not self.live or any(not isinstance(edit, Ablate | Bias) or edit.positions or edit.phase for edit in edits):
             raise RequestError(
                 "only Ablate and Bias without positions or phase can be changed in place, in Editing(..., live=True); "
@@ -83,16 +84,15 @@ class Editing(Probe):
     def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
         if config is not self.config and config != self.config:
             raise RequestError("these edits were made for another model: Editing(edits, model.config).")
-        masks = {number: self._mask(edit, positions) for number, edit in enumerate(self.edits)}
+        masks = {number: self._mask(edit, _places(edit, positions)) for number, edit in enumerate(self.edits)}
         active = [number for number, mask in masks.items() if mask is None or bool(mask.any())]
-        self.fired.update(active)
         if not active and not self.live:
             return OFF
         masks = {n: masks[n] if masks[n] is None or not masks[n].all() else None for n in active}
         return _Pass(self, {n: m if m is None else m.to(self.device) for n, m in masks.items()}, positions)
 
     def _mask(self, edit: Edit, positions: torch.Tensor) -> torch.Tensor | None:
-        """Where [B, T] an edit acts; None for everywhere."""
+        """Where, of positions [B, T], an edit acts; None for everywhere."""
         if isinstance(edit, ReplayRouting):
             there = torch.from_numpy((edit.experts >= 0).any((1, 2)))
             known = (positions < len(there)) & there[positions.clamp(max=len(there) - 1)]
@@ -122,6 +122,10 @@ class Editing(Probe):
             self.bias |= {(number, layer): self._bias(edit) for layer in layers}
         elif isinstance(edit, TopK):
             self.limit[number] = torch.tensor(edit.k, device=self.device)
+        elif isinstance(edit, Force):
+            self.values[number] = torch.tensor(edit.experts, device=self.device)
+        elif isinstance(edit, Add):
+            self.values[number] = torch.tensor(edit.vector, device=self.device)
         elif isinstance(edit, ReplayRouting):
             for column, layer in enumerate(edit.layers):
                 ids = torch.from_numpy(edit.experts[:, column].astype(np.int64))
@@ -155,6 +159,9 @@ class _Pass(Probe):
     def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
         return self.outside(site, x)
 
+    def end(self) -> None:
+        self.editing.fired.update(self.masks)
+
 
 class _Layer(Probe):
     def __init__(self, parent: _Pass, layer: int | None, active: list[tuple[int, Edit]]):
@@ -170,15 +177,13 @@ class _Layer(Probe):
         return any(site in self.at_sites for site in INSIDE[op])
 
     def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        if site == "moe.router_logits":
-            x = self._bias(x)
-        elif site == "moe.gates" and self.choosing:
+        if site == "moe.gates" and self.choosing:
             x = self._gates(x)
         if site in self.at_sites:
             for number, edit in self.active:
                 if isinstance(edit, Scale | Add) and edit.site == site:
-                    x = _where(self._mask_at(number, site, x), _changed(edit, x), x)
-        return x
+                    x = _where(self._mask_at(number, site, x), self._changed(number, x), x)
+        return self._bias(x) if site == "moe.router_logits" else x  # last: an ablated expert stays out
 
     def select(self, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         if not self.choosing:
@@ -194,15 +199,15 @@ class _Layer(Probe):
                 if kind is TopK:
                     limit = _where(mask, self.editing.limit[number].expand_as(limit), limit)
                 elif kind is Force:
-                    forced = ranks.clone()
-                    order = range(len(edit.experts), 0, -1)
-                    forced[..., list(edit.experts)] = 1000.0 + torch.tensor(list(order), device=ranks.device)
+                    named = self.editing.values[number]
+                    first = 1000.0 + torch.arange(len(named), 0, -1, device=ranks.device, dtype=ranks.dtype)
+                    forced = ranks.index_copy(-1, named, first.expand(*ranks.shape[:-1], -1))
                     ranks = _where(mask, forced, ranks)
                 else:
                     recorded = self._recorded(number)[0]
                     used = recorded >= 0
                     first = 100.0 + torch.arange(recorded.shape[-1], 0, -1, device=ranks.device) * used
-                    put = ranks.scatter_reduce(-1, recorded.clamp(min=0), first * used, "amax")
+                    put = allowed.scatter_reduce(-1, recorded.clamp(min=0), first * used, "amax")
                     ranks = _where(mask, put, ranks)
                     limit = _where(mask, used.sum(-1), limit)
         ids = ranks.topk(width, -1).indices
@@ -225,7 +230,7 @@ class _Layer(Probe):
                 value = (same * weights[..., None, :]).sum(-1)
                 there = same.any(-1) & (self.ids >= 0)
             elif isinstance(edit, Force) and edit.gate is not None:
-                there = torch.isin(self.ids, torch.tensor(edit.experts, device=gates.device))
+                there = torch.isin(self.ids, self.editing.values[number])
                 value = torch.full_like(gates, edit.gate)
             else:
                 continue
@@ -240,18 +245,34 @@ class _Layer(Probe):
         return ids[rows], gates[rows]
 
     def _mask_at(self, number: int, site: str, x: torch.Tensor) -> torch.Tensor | None:
-        """The mask of an edit, shaped for what passes a site; of keys, which are all there in each pass, made anew."""
-        mask, edit = self.parent.masks[number], self.editing.edits[number]
-        dims = SITES[site].dims.split()
-        axis = dims.index("T" if "T" in dims else "S")
-        if "T" not in dims and (edit.positions is not None or edit.phase is not None):
-            keys = torch.arange(x.shape[axis])[None].expand(x.shape[0], -1)
-            mask = self.editing._mask(edit, keys).to(x.device)
+        """The mask of an edit, shaped for what passes a site."""
+        mask = self.parent.masks[number]
         if mask is None:
             return None
+        dims = SITES[site].dims.split()
+        axis = dims.index("T" if "T" in dims else "S")
         if mask.shape[1] != x.shape[axis]:  # the model was asked for its last logits only
             mask = mask[:, -x.shape[axis] :]
         return mask.view([n if d in (0, axis) else 1 for d, n in enumerate(x.shape)])
+
+    def _changed(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        edit, axis = self.editing.edits[number], indexed(self.editing.edits[number].site)
+        if edit.index is not None and edit.index >= x.shape[axis]:
+            return x  # a slot that other edits make, but not in this pass
+        changed = x.clone()
+        part = changed if edit.index is None else changed.select(axis, edit.index)
+        if isinstance(edit, Scale):
+            part.mul_(edit.factor)
+        else:
+            part.add_(self.editing.values[number].to(x.dtype))
+        return changed
+
+
+def _places(edit: Edit, positions: torch.Tensor) -> torch.Tensor:
+    """What an edit may change, by position: the tokens of a pass, or at a site of keys all keys, which are there anew."""
+    if isinstance(edit, Scale | Add) and "T" not in SITES[edit.site].dims.split():
+        return torch.arange(int(positions.max()) + 1).expand(len(positions), -1)
+    return positions
 
 
 def _layers(edit: Edit, config: Config) -> Sequence[int | None]:
@@ -267,13 +288,3 @@ def _where(mask: torch.Tensor | None, changed: torch.Tensor, x: torch.Tensor) ->
     if mask is None:
         return changed
     return torch.where(mask if mask.dim() == x.dim() else mask[..., None], changed, x)
-
-
-def _changed(edit: Scale | Add, x: torch.Tensor) -> torch.Tensor:
-    changed = x.clone()
-    part = changed if edit.index is None else changed.select(indexed(edit.site), edit.index)
-    if isinstance(edit, Scale):
-        part.mul_(edit.factor)
-    else:
-        part.add_(torch.tensor(edit.vector, dtype=x.dtype, device=x.device))
-    return changed

@@ -1,7 +1,9 @@
 """Edits of a forward pass, as data: they can be compared, written into a trace, and carried out again.
 
-The order in which they act is that of the computation, whatever order they are listed in: router logits (Bias, Ablate),
-probabilities, groups, choice (ReplayRouting, then TopK, then Force), gates. Scale and Add act at their site.
+The order in which they act is that of the computation, whatever order they are listed in: router logits (Scale and
+Add, then Bias and Ablate), probabilities, groups, choice (ReplayRouting, then TopK, then Force), gates (those of
+ReplayRouting, of Force, then Scale and Add). Scale and Add act at their site, several at one in the order listed; of
+several TopK, ReplayRouting or forced gates that a token meets, the last listed counts.
 """
 
 import base64
@@ -33,13 +35,16 @@ class Edit:
     def __post_init__(self):
         if self.phase not in (None, *PHASES):
             raise RequestError(f"phase must be 'prefill', 'decode' or None; got {self.phase!r}.")
+        if getattr(self, "layer", None) is not None:
+            _count(self, "layer")
         if self.positions is None:
             return
-        if isinstance(self.positions, range):
-            object.__setattr__(self, "positions", (self.positions.start, self.positions.stop))
-        object.__setattr__(self, "positions", tuple(self.positions))
-        if len(self.positions) != 2 or not all(_whole(x) for x in self.positions):
+        given = self.positions
+        if isinstance(given, range) and given.step == 1:
+            given = (given.start, given.stop)
+        if not isinstance(given, list | tuple) or len(given) != 2 or not all(_whole(x) for x in given):
             raise RequestError(f"positions must be (start, stop), whole numbers; got {self.positions!r}.")
+        object.__setattr__(self, "positions", tuple(int(x) for x in given))
         if self.positions[0] >= self.positions[1]:
             raise RequestError(f"positions {self.positions} are empty: stop is not included.")
 
@@ -84,8 +89,7 @@ class Bias(Edit):
 
     def __post_init__(self):
         super().__post_init__()
-        if not _whole(self.expert):
-            raise RequestError(f"expert must be a whole number, 0 or more; got {self.expert!r}.")
+        _count(self, "expert")
         _number(self, "amount")
 
 
@@ -98,8 +102,7 @@ class TopK(Edit):
 
     def __post_init__(self):
         super().__post_init__()
-        if not _whole(self.k) or self.k < 1:
-            raise RequestError(f"k must be a whole number, 1 or more; got {self.k!r}.")
+        _count(self, "k", least=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,11 +120,16 @@ class ReplayRouting(Edit):
     def __post_init__(self):
         super().__post_init__()
         one = self.trace.sequence(0)
-        object.__setattr__(self, "layers", one.layers)
-        object.__setattr__(self, "experts", np.asarray(one.experts, np.int16))
-        object.__setattr__(self, "weights", np.asarray(one.gates, np.float32))
-        if not len(self.layers) or not (self.experts >= 0).any():
+        if not len(one.layers) or not (one.experts >= 0).any():
             raise RequestError("this trace has no routing to replay.")
+        position = np.asarray(one.tokens["position"])
+        shape = (int(position[-1]) + 1, *one.experts.shape[1:])
+        experts, weights = np.full(shape, -1, np.int16), np.zeros(shape, np.float32)
+        experts[position], weights[position] = one.experts, one.gates
+        object.__setattr__(self, "layers", one.layers)
+        object.__setattr__(self, "experts", experts)
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "gates", bool(self.gates))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ReplayRouting) and to_dict(self) == to_dict(other)
@@ -144,6 +152,7 @@ class Scale(Edit):
 
     def __post_init__(self):
         super().__post_init__()
+        _place(self)
         _number(self, "factor")
 
 
@@ -158,12 +167,12 @@ class Add(Edit):
 
     def __post_init__(self):
         super().__post_init__()
-        vector = self.vector
-        vector = vector.tolist() if hasattr(vector, "tolist") else vector
-        vector = tuple(float(x) for x in (vector if isinstance(vector, list | tuple) else [vector]))
-        if not vector or not np.isfinite(vector).all():
-            raise RequestError("vector must hold finite numbers.")
-        object.__setattr__(self, "vector", vector)
+        _place(self)
+        given = self.vector.tolist() if hasattr(self.vector, "tolist") else self.vector
+        given = list(given) if isinstance(given, list | tuple) else [given]
+        if not given or not all(_finite(x) for x in given):
+            raise RequestError("vector must be a number or a list of numbers, all finite.")
+        object.__setattr__(self, "vector", tuple(float(x) for x in given))
 
 
 KINDS = {kind.__name__: kind for kind in (Ablate, Force, Bias, TopK, ReplayRouting, Scale, Add)}
@@ -190,7 +199,7 @@ def from_dict(data: dict) -> Edit:
     """The edit that `to_dict` wrote. RequestError names what is wrong with anything else."""
     data = dict(data) if isinstance(data, dict) else {}
     kind = data.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise RequestError(f"no edit called {kind!r}; there are {', '.join(KINDS)}.")
     try:
         if kind == "ReplayRouting":
@@ -220,7 +229,8 @@ def describe(edit: Edit) -> str:
             text = f"routing of a trace of {len(edit.experts)} tokens" + (", gates too" if edit.gates else "")
         case Scale() | Add():
             change = f"x {edit.factor:g}" if isinstance(edit, Scale) else "+ a vector"
-            text = f"{edit.site}{'' if edit.index is None else f'[{edit.index}]'} {change} in {where}"
+            text = f"{edit.site}{'' if edit.index is None else f'[{edit.index}]'} {change}"
+            text += "" if edit.site in ("embed", "final.norm", "logits") else f" in {where}"
         case _:
             text = type(edit).__name__
     if edit.positions is not None:
@@ -244,9 +254,27 @@ def _set_experts(edit: Ablate | Force) -> None:
     object.__setattr__(edit, "experts", tuple(dict.fromkeys(int(expert) for expert in experts)))
 
 
+def _count(edit: Edit, name: str, least: int = 0) -> None:
+    value = getattr(edit, name)
+    if not _whole(value) or value < least:
+        raise RequestError(f"{name} must be a whole number, {least} or more; got {value!r}.")
+    object.__setattr__(edit, name, int(value))
+
+
+def _place(edit: "Scale | Add") -> None:
+    if not isinstance(edit.site, str):
+        raise RequestError(f"site must be the name of one, such as 'resid.post'; got {edit.site!r}.")
+    if edit.index is not None:
+        _count(edit, "index")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
 def _number(edit: Edit, name: str) -> None:
     value = getattr(edit, name)
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+    if not _finite(value):
         raise RequestError(f"{name} must be a finite number; got {value!r}.")
     object.__setattr__(edit, name, float(value))
 
@@ -264,6 +292,7 @@ class _Recorded:
 
     def __init__(self, layers: tuple[int, ...], experts: np.ndarray, gates: np.ndarray):
         self.layers, self.experts, self.gates = layers, experts, gates
+        self.tokens = {"position": np.arange(len(experts))}
 
     def sequence(self, number: int) -> "_Recorded":
         return self
@@ -274,4 +303,6 @@ def _replay(data: dict) -> ReplayRouting:
     experts = _unpacked(data["experts"], np.int16, shape)
     weights = _unpacked(data["weights"], np.float32, shape)
     trace = _Recorded(tuple(data["layers"]), experts, weights)
+    if experts.ndim != 3 or len(trace.layers) != experts.shape[1]:
+        raise ValueError(f"{len(trace.layers)} layers, but experts of shape {shape}")
     return ReplayRouting(trace, data["gates"], positions=data["positions"], phase=data["phase"])

@@ -36,7 +36,9 @@ class Alone:
 
     def tell(self, message, buffers=None):
         packed = [base64.b64encode(each).decode() for each in buffers or []]
-        self.page.evaluate("([message, buffers]) => window.tell(message, buffers)", [json.loads(json.dumps(message)), packed])
+        self.page.evaluate(
+            "([message, buffers]) => window.tell(message, buffers)", [json.loads(json.dumps(message)), packed]
+        )
         self.page.evaluate(FRAME)
 
     def sent(self, kind):

@@ -184,12 +184,28 @@ def test_a_token_shows_its_alternatives_and_a_click_on_one_branches(view):
     card = view.page.get_by_role("dialog", name="Alternatives")
     card.wait_for()
     assert "entropy 1.25 nats" in card.inner_text()
-    rows = card.locator("button").all_inner_texts()
+    rows = card.locator("button.wbc-row").all_inner_texts()
     assert [row.split() for row in rows] == [
         ["␣answer", "✓", "50", "%", "80", "%"], ["␣other", "25", "%", "20", "%"], ["␣never", "10", "%", "cut"],
     ]  # fmt: skip
     card.get_by_role("button", name="never").click()
     assert view.sent("branch") == [{"kind": "branch", "turn": 2, "index": 1, "token": 901}]
+
+
+def test_a_token_can_be_looked_into(view):
+    view.reply("", ["The", " answer", "."])
+    view.page.locator(".wbc-token", has_text="answer").hover()
+    view.page.get_by_role("dialog").get_by_role("button", name="Look inside").click()
+    assert view.sent("look") == [{"kind": "look", "turn": 2, "index": 1}]
+
+
+def test_the_explorer_is_a_toggle_that_python_moves_too(view):
+    view.reply("", ["The"])
+    toggle = view.page.get_by_role("button", name="Experts")
+    toggle.click()
+    assert view.sent("explore") == [{"kind": "explore", "on": True}]
+    view.tell(kind="exploring", on=False)
+    assert toggle.get_attribute("aria-pressed") == "false"
 
 
 def test_tokens_can_be_gone_through_with_the_keyboard(view):

@@ -1,4 +1,4 @@
-"""The browser half of the token inspector: what it draws, what its keys and buttons ask for, and that text stays text."""
+"""The browser half of the token inspector: what it draws, what keys and buttons ask for, and that text stays text."""
 
 from dataclasses import replace
 
@@ -38,7 +38,13 @@ def opened(page, monkeypatch):
 def whole(seen):
     """The inspection with the parts that a live model adds."""
     layers = [
-        replace(layer, routed_norm=2.0, shared_norm=4.0, cosine=0.5, lens={e: (Word(" word", 1.5),) for e in layer.experts})
+        replace(
+            layer,
+            routed_norm=2.0,
+            shared_norm=4.0,
+            cosine=0.5,
+            lens={e: (Word(" word", 1.5),) * 5 for e in layer.experts},
+        )
         for layer in seen.layers
     ]
     rows = (Alternative(seen.id, seen.text, 0.5, 0.8), Alternative(7, " other", 0.2, 0.0))
@@ -76,11 +82,15 @@ def test_all_scores_stand_in_order_with_the_cut_before_the_best_one_left_out(ope
 def test_what_was_passed_over_with_its_group_is_said(opened):
     scores = np.full(32, 0.001, np.float32)
     scores[[0, 1, 4, 8]], scores[12] = [0.3, 0.05, 0.2, 0.15], 0.1
-    layer = RoutedLayer(1, (0, 4, 8, 1), (1.2, 0.8, 0.6, 0.2), (0.299, 0.199, 0.149, 0.049), scores, groups_kept(scores, 8, 3))
+    layer = RoutedLayer(
+        1, (0, 4, 8, 1), (1.2, 0.8, 0.6, 0.2), (0.299, 0.199, 0.149, 0.049), scores, groups_kept(scores, 8, 3)
+    )
     inspector = TokenInspector()
     inspector.show(Inspection(0, 0, 1, "x", "decode", 32, 8, 3, (layer,)))
     view = opened(inspector)
-    assert view.page.get_by_text("Grey although they score above the weakest chosen").inner_text().endswith("12 (0.100).")
+    assert (
+        view.page.get_by_text("Grey although they score above the weakest chosen").inner_text().endswith("12 (0.100).")
+    )
 
 
 def test_a_forced_expert_is_told_from_one_that_was_chosen(opened):
@@ -126,7 +136,7 @@ def test_arrow_keys_go_through_layers_and_experts_and_enter_leads_to_the_buttons
     view.page.keyboard.press("Enter")
     view.settle()
     assert edits == [Ablate(2, (best,))]
-    assert view.page.get_by_text("Asked for: without expert").is_visible()
+    assert view.page.get_by_role("status").inner_text() == f"Asked for: without expert {best} in layer 2"
 
 
 def test_buttons_emit_edits(opened, trace):
@@ -142,7 +152,12 @@ def test_buttons_emit_edits(opened, trace):
     view.page.get_by_label("Where an edit acts").select_option("this token only")
     button("Bias +").click()
     view.settle()
-    assert edits == [Ablate(1, (expert,)), Force(1, (expert,)), Bias(1, expert, -1.5), Bias(1, expert, 1.5, positions=(2, 3))]
+    assert edits == [
+        Ablate(1, (expert,)),
+        Force(1, (expert,)),
+        Bias(1, expert, -1.5),
+        Bias(1, expert, 1.5, positions=(2, 3)),
+    ]
 
 
 def test_an_expert_that_was_not_chosen_gets_its_row_and_buttons_by_a_click(opened, trace):
@@ -233,7 +248,7 @@ def test_a_refusal_is_read_out_and_the_token_stays(opened, trace):
     view = opened(inspector)
     view.page.get_by_role("button", name="Ablate").first.click()
     view.settle()
-    assert view.page.get_by_role("alert").inner_text() == "! still answering" or "still answering" in view.page.get_by_role("alert").inner_text()
+    assert view.page.get_by_role("alert").inner_text().endswith("still answering")
     assert len(bars(view)) == 32
 
 
@@ -267,8 +282,8 @@ def test_plain_keys_do_not_reach_the_notebook(opened, trace):
 @pytest.mark.parametrize("width", [1000, 560])
 def test_every_size_fits(opened, config, layers, width):
     trace = routed_trace(TEXTS, config=config, layers=tuple(range(1, layers + 1)))
-    inspector = TokenInspector(lambda token: inspect_trace(trace, token), on_edit=lambda edit: None)
-    inspector.open(2)
+    inspector = TokenInspector(on_edit=lambda edit: None)
+    inspector.show(whole(inspect_trace(trace, 2)))
     view = opened(inspector)
     view.page.set_viewport_size({"width": width, "height": 900})
     view.settle()
@@ -276,6 +291,7 @@ def test_every_size_fits(opened, config, layers, width):
     spill = "(name) => { const e = document.querySelector(name); return e.scrollWidth - e.clientWidth; }"
     assert view.page.evaluate(spill, ".wbi-bars") <= 1
     assert view.page.evaluate(spill, ".wbi-body") <= 1
+    assert view.page.evaluate(spill, ".wbi-table") <= 1
 
 
 def test_a_closed_view_listens_no_more(opened, trace):

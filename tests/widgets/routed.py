@@ -1,5 +1,7 @@
 """Traces whose choices follow from their scores, as a router of pocket's or V2-Lite's form would make them."""
 
+import zlib
+
 import numpy as np
 import pandas as pd
 
@@ -33,19 +35,14 @@ def routed_trace(texts, prompt=2, config=GROUPED, layers=(1, 2, 5), seed=0, scor
     measured = np.where(generated, 1.0, np.nan)
     tokens = pd.DataFrame(
         {
-            "sequence": 0, "position": range(count), "id": [hash_of(text) for text in texts], "text": texts,
-            "phase": np.where(generated, "decode", "prefill"), "logprob": -0.5 * measured,
-            "probability": 0.75 * measured, "entropy": 1.25 * measured, "ms": 12.5 * measured,
-            "cache_bytes": 480 * np.arange(count),
+            "sequence": 0, "position": range(count), "text": texts,
+            "id": [zlib.crc32(text.encode()) >> 1 for text in texts], "phase": np.where(generated, "decode", "prefill"),
+            "logprob": -0.5 * measured, "probability": 0.75 * measured, "entropy": 1.25 * measured,
+            "ms": 12.5 * measured, "cache_bytes": 480 * np.arange(count),
         }
     )  # fmt: skip
     made = new_header("pocket", "0" * 8, config, sequences=[{"prompt_tokens": prompt}], **header)
     return Trace(made, tokens, layers, ids, gates.astype(np.float32), margins, probs if scores else None)
-
-
-def hash_of(text):
-    """The same number for the same text in every process."""
-    return sum(256**place * byte for place, byte in enumerate(text.encode()[:3]))
 
 
 class Wire(list):

@@ -37,7 +37,9 @@ def made(pair, monkeypatch):
         monkeypatch.setattr(
             SideBySide,
             "send",
-            lambda self, content, buffers=None: wire.append((json.loads(json.dumps(content, allow_nan=False)), buffers)),
+            lambda self, content, buffers=None: wire.append(
+                (json.loads(json.dumps(content, allow_nan=False)), buffers)
+            ),
         )
         opened.append(SideBySide(*pair, **options))
         return opened[-1], wire

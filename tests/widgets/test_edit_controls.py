@@ -1,9 +1,7 @@
 """Edits built by hand: the fields make the edits they describe, and a wrong entry loses nothing."""
 
-from types import SimpleNamespace
-
-import numpy as np
 import pytest
+from widgets.routed import routed_trace
 
 from workbench.config import PRESETS
 from workbench.edits import Ablate, Add, Bias, Force, ReplayRouting, Scale, TopK
@@ -63,7 +61,7 @@ def test_the_fields_make_the_edit_they_describe(controls, kind, values, edits):
         ("Force", {"experts": "1", "gate": "big"}, "the gate must be a number"),
         ("Force", {"experts": "0-4"}, "cannot be forced"),
         ("Ablate", {"experts": "0-31"}, "experts would be left"),
-        ("TopK", {"k": 13}, "at most 12"),
+        ("TopK", {"k": 13}, "12"),
         ("TopK", {"positions": "8-3"}, "positions"),
         ("TopK", {"positions": "<b>"}, "positions are from-to"),
         ("Scale", {"index": "1.5"}, "whole number"),
@@ -119,9 +117,7 @@ def test_the_list_says_each_edit_in_words_and_takes_it_back(controls):
 
 
 def test_edits_of_other_kinds_can_be_added(controls):
-    trace = SimpleNamespace(layers=(1,), experts=np.zeros((2, 1, 1), np.int16), gates=np.ones((2, 1, 1), np.float32))
-    trace.sequence = lambda number: trace
-    controls.add(ReplayRouting(trace))
+    controls.add(ReplayRouting(routed_trace(["<user>", "hi", " end"])))
     controls.add(Add("resid.post", (0.5,) * PRESETS["pocket"].hidden_size))
     assert len(shown(controls)[0]) == 2
 

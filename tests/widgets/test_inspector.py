@@ -36,7 +36,9 @@ def made(monkeypatch):
         monkeypatch.setattr(
             TokenInspector,
             "send",
-            lambda self, content, buffers=None: wire.append((json.loads(json.dumps(content, allow_nan=False)), buffers)),
+            lambda self, content, buffers=None: wire.append(
+                (json.loads(json.dumps(content, allow_nan=False)), buffers)
+            ),
         )
         opened.append(TokenInspector(*arguments, **options))
         return opened[-1], wire

@@ -206,7 +206,7 @@ def _static(model: Model, name: str, *edits: Edit) -> Way:
     def probe() -> Probe:
         return both(editing.on([0]) if editing else OFF, ring.to(log))
 
-    return Way(name, copy_of(model, probes=True), probe, lambda: log.truncate(0), ring.drain)
+    return Way(name, copy_of(model, probes=True), probe, after=ring.drain)
 
 
 def _recorded(model: Model, name: str, sites: Sequence[str]) -> Way:

@@ -1,6 +1,21 @@
 """Checks for the exercises in the notebooks: they try what was written and say where it differs."""
 
+from workbench.exercises.attention import check_absorbed_scores, check_cached_elements
 from workbench.exercises.feedback import Feedback
+from workbench.exercises.mixture import MIX, check_mix
+from workbench.exercises.positions import check_rotate_pairs
+from workbench.exercises.routing import CHOOSE, check_choose
 from workbench.exercises.sampling import TOP_P, check_top_p
 
-__all__ = ["TOP_P", "Feedback", "check_top_p"]
+__all__ = [
+    "CHOOSE",
+    "MIX",
+    "TOP_P",
+    "Feedback",
+    "check_absorbed_scores",
+    "check_cached_elements",
+    "check_choose",
+    "check_mix",
+    "check_rotate_pairs",
+    "check_top_p",
+]

@@ -240,7 +240,8 @@ class ChatPanel(ipywidgets.VBox):
         match message:
             case {"kind": "ready", "view": str(view)}:
                 self._publisher.path(view)
-                self._tell({"kind": "exploring", "on": self.exploring})
+                if self.exploring:
+                    self._tell({"kind": "exploring", "on": True})
                 if self not in _live:
                     self._tell({"kind": "closed", "text": "This panel was closed."})
             case {"kind": "send", "text": str(text)}:

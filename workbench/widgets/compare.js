@@ -160,7 +160,7 @@ class CompareView extends View {
     if (summary.equal !== null) tiles.push(tile(percent(summary.equal), `of ${plural(summary.generated, "generated token")} the same`, "At the same position, so also by coincidence once they have parted"));
     const shared = overlap.filter((value) => value !== null).map(percent);
     if (shared.length) tiles.push(tile(shared.join(" \u2192 "), shared.length > 1 ? "routing shared, before they part and after" : "routing shared", "Experts chosen in both over experts chosen in either, mean over tokens and layers. Once they part, other tokens are routed otherwise."));
-    if (logprob !== null) tiles.push(tile(`${figure(logprob)} nats`, "mean |\u0394 log p| before they part", `Of the ${plural(compared, "token")} with a log-probability in both`));
+    if (logprob !== null) tiles.push(tile(`${figure(logprob)} nats`, `mean |\u0394 log p|${parted ? " before they part" : ""}`, `Of the ${plural(compared, "token")} with a log-probability in both`));
     fill(this.tiles, tiles);
   }
 

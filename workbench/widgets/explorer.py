@@ -21,7 +21,8 @@ from workbench.widgets.scope import RoutingScope
 from workbench.widgets.selection import Selection
 from workbench.widgets.tokens import TokenStrip
 
-INTERVAL = 1 / 8  # seconds between two messages to the scope; with those of the chat view fewer than 20 a second
+INTERVAL = 1 / 6  # seconds between two messages to the scope; with all others of a panel fewer than 20 a second
+SELDOM = 4  # the strip, whose text is in the chat already, is told every fourth time
 
 
 class Explorer(ipywidgets.VBox):
@@ -57,7 +58,8 @@ class Explorer(ipywidgets.VBox):
         self._sections.add_class("wbc-controls")
         super().__init__([self.strip, self.scope, self._sections], layout={"display": "none", "max_width": "980px"})
         self.turn: Turn | None = None
-        self._told, self._last = 0, 0.0
+        self._told: dict = {}  # tokens each view knows, with their routing
+        self._times, self._last = -1, 0.0
         self._waiting: tuple[Turn, Turn] | None = None  # two replies, to be compared when the second is complete
         self._unsubscribe: Callable[[], None] = lambda: None
         self.follow(conversation)
@@ -77,16 +79,16 @@ class Explorer(ipywidgets.VBox):
 
     def show(self, turn: Turn | None) -> None:
         """Looks at this reply."""
-        self.turn, self._told = turn, 0
+        self.turn, self._told, self._times = turn, {}, -1
         self.selection.token = -1
-        if turn is not None and turn.trace is not None:
-            self.scope.show(turn.trace)
-            self.strip.show(turn.trace)
-            self._told = len(turn.trace)
-        else:
-            self._clear(self._geometry)
-            if turn is not None and turn.stream is not None:
-                self._grow(turn)
+        for view in (self.scope, self.strip):
+            if turn is not None and turn.trace is not None:
+                view.show(turn.trace)
+                self._told[view] = len(turn.trace)
+            else:
+                self._reset(view, self._geometry)
+        if turn is not None and turn.stream is not None:
+            self._grow(turn)
 
     def look(self, turn: Turn, index: int) -> None:
         """Opens token number `index` of a reply. RequestError where there is none."""
@@ -106,7 +108,7 @@ class Explorer(ipywidgets.VBox):
         after = self.conversation.rerun(before, edits)
         self._waiting = (before, after)
         if after.finish:  # it was complete before we could say that we wait for it
-            self._compare()
+            self._show_both()
         return after
 
     def compare(self, before: Turn, after: Turn) -> SideBySide:
@@ -137,7 +139,7 @@ class Explorer(ipywidgets.VBox):
 
     def hear(self, event: Event) -> None:
         if event.kind == "finished" and self._waiting and event.turn is self._waiting[1]:
-            self._context.copy().run(self._compare)
+            self._context.copy().run(self._show_both)
         if not self.opened:
             self.turn = None if event.kind == "changed" else self.turn
             return
@@ -154,7 +156,7 @@ class Explorer(ipywidgets.VBox):
             if step or (event.kind == "finished" and event.turn.trace is not None):
                 self._grow(event.turn)
 
-    def _compare(self) -> None:
+    def _show_both(self) -> None:
         before, after = self._waiting
         self._waiting = None
         if after.error is None and before.trace is not None and after.trace is not None:
@@ -165,8 +167,15 @@ class Explorer(ipywidgets.VBox):
         return replies[-1] if replies else None
 
     def _grow(self, turn: Turn) -> None:
-        """Tells what the views do not know yet: tokens, and where those went that were not read when they were told."""
-        start = self._told
+        """Tells the views what they do not know yet."""
+        self._last, self._times = monotonic(), self._times + 1
+        self._push(turn, self.scope)
+        if turn.trace is not None or self._times % SELDOM == 0:
+            self._push(turn, self.strip)
+
+    def _push(self, turn: Turn, view: RoutingScope | TokenStrip) -> None:
+        """New tokens, and those told before they were read, whose routing was not known then."""
+        start = self._told.get(view, 0)
         if turn.trace is not None:
             tokens, parts = turn.trace.tokens.iloc[start:], (turn.trace.experts, turn.trace.gates, turn.trace.margins)
             routing = [part[start:] for part in parts]
@@ -175,16 +184,15 @@ class Explorer(ipywidgets.VBox):
             tokens = watched.tokens(turn.stream.steps, start)
             routing = [part[: len(tokens)] for part in watched.routing(start)]
         slots = routing[0].shape[2]
-        if not start:  # an edit may choose another number of experts
-            self._clear(Geometry.of(self.conversation.bench.config, k=slots))
-        self.scope.push(start, tokens["text"].tolist(), *routing)
-        self.strip.push(start, tokens, *routing)
+        if view not in self._told and slots != self._geometry.k:  # an edit chooses another number of experts
+            self._reset(view, Geometry.of(self.conversation.bench.config, k=slots))
+        view.push(start, tokens["text"].tolist() if view is self.scope else tokens, *routing)
         read = (routing[0] >= 0).any((1, 2)) if slots and self._geometry.layers else np.ones(len(tokens), bool)
-        self._told, self._last = start + int(read.sum()), monotonic()
+        self._told[view] = start + int(read.sum())
 
-    def _clear(self, geometry: Geometry) -> None:
-        self.scope.reset(geometry, self.conversation.bench.name)
-        self.strip.reset(geometry)
+    def _reset(self, view: RoutingScope | TokenStrip, geometry: Geometry) -> None:
+        label = [self.conversation.bench.name] if view is self.scope else []
+        view.reset(geometry, *label)
 
     # Behind the controls
 

@@ -26,6 +26,7 @@ class InspectorView extends View {
     this.amount = element("input", { className: "wbi-amount", type: "number", step: "0.5", min: "0", value: "2", "aria-label": "Bias by, in logits" });
     this.scope = element("select", { className: "wbi-scope", "aria-label": "Where an edit acts" },
       element("option", { value: "" }, "every token"), element("option", { value: "here" }, "this token only"));
+    this.asked = element("p", { className: "wbi-soft" });
     this.root.classList.add("wbv", "wbi");
     this.root.setAttribute("role", "region");
     this.root.setAttribute("aria-label", "Token inspector");
@@ -46,6 +47,7 @@ class InspectorView extends View {
       const bytes = buffer ? buffer.buffer.slice(buffer.byteOffset, buffer.byteOffset + buffer.byteLength) : new ArrayBuffer(0);
       const scores = new Float32Array(bytes);
       this.routed = inspection.layers.map((each, place) => new Routed(each, scores.subarray(place * size, (place + 1) * size), inspection));
+      if (!same) this.asked.textContent = "";
       if (!same) this.announce(`Token ${visible(inspection.text)}, position ${inspection.position}. ${this.current?.sentence ?? ""}`);
     }
     this.drawSoon();
@@ -205,13 +207,14 @@ class InspectorView extends View {
     if (this.expert >= 0 && !shown.includes(this.expert)) shown.push(this.expert);
     const names = ["expert", ...(layer.grouped ? ["group"] : []), ...(layer.scores ? ["score"] : []), "gate", "margin", ...(layer.lens ? ["pushes towards"] : [])];
     const head = names.map((name) => element("th", {}, name));
-    const focus = this.table.contains(document.activeElement) ? document.activeElement.dataset.action : null;
-    if (this.editable) head.push(element("th", { className: "wbi-actions" }, "edit for ", this.scope, " bias by ", this.amount));
+    const focus = this.table.contains(document.activeElement) ? document.activeElement : null;
+    if (this.editable) head.push(element("th"));
     const table = element("table", { className: layer.lens || this.editable ? "" : "wbi-plain" }, element("tr", {}, head), shown.map((expert) => this.row(layer, expert)));
     const unknown = layer.lens ? null : missing("what each expert pushes towards", seen.how.lens);
-    this.asked ??= element("p", { className: "wbi-soft" });
-    fill(this.table, element("h4", { className: "wbi-heading" }, "Experts"), table, unknown, this.editable ? this.asked : null);
-    if (focus) this.table.querySelector(`[data-action="${focus}"]`)?.focus();
+    const how = this.editable ? element("span", { className: "wbi-soft" }, "edit for ", this.scope, " bias by ", this.amount, " logits") : null;
+    fill(this.table, element("div", { className: "wbi-line" }, element("h4", { className: "wbi-heading" }, "Experts"), element("span", { className: "wbi-space" }), how),
+      table, unknown, this.editable ? this.asked : null);
+    if (focus) (focus.isConnected ? focus : this.table.querySelector(`[data-action="${focus.dataset.action}"]`))?.focus();
   }
 
   row(layer, expert) {

@@ -39,7 +39,8 @@ class LiveView(View):
 
     def close(self) -> None:
         """Takes the view off the screen and out of its selection."""
-        self.selection.leave(self)
+        if self.comm is not None:  # not closed yet
+            self.selection.leave(self)
         super().close()
 
     def _everything(self) -> Message:
@@ -49,6 +50,11 @@ class LiveView(View):
         with self._lock:
             content, buffers = self._everything()
             self._tell(content | {"kind": "show", "view": view}, buffers)
+
+    def _stay(self, count: int) -> None:
+        """Looks at no token beyond `count`, after some were taken back."""
+        if self.token >= count:
+            self.token = -1
 
     def _send(self, message: dict, buffers: list | None = None) -> None:
         # traits too are set in other names than that of the cell: a click in another view sets them (see View._tell)

@@ -78,7 +78,7 @@ export class Pairs {
     cell.setAttribute("aria-selected", "true");
     this.element.setAttribute("aria-activedescendant", cell.id);
     const { scrollTop, clientHeight } = this.element;
-    const top = cell.offsetTop - this.element.offsetTop;
+    const top = cell.offsetTop;
     if (top < scrollTop) this.element.scrollTop = top - 8;
     else if (top + cell.offsetHeight > scrollTop + clientHeight) this.element.scrollTop = top + cell.offsetHeight - clientHeight + 8;
   }

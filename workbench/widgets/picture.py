@@ -124,5 +124,5 @@ def _short(value: float) -> str:
 
 def _png(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    image.quantize(64, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    image.quantize(40, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return out.getvalue()

@@ -26,7 +26,7 @@ class RoutingScope(LiveView):
     """Layers down, experts across. Shows a Trace, or an answer that grows: `reset` once, then `push`.
 
     mode   "token": what the token chose, brighter for larger gates · "answer": how often each expert was chosen
-    by  what the heat of the answer counts: "count" of tokens, or the sum of their "gate"s
+    by     what the heat of the answer counts: "count" of tokens, or the sum of their "gate"s
 
     The browser gets gates and margins in 8 bits each and asks for the exact ones of the token it stays at.
     """
@@ -45,7 +45,7 @@ class RoutingScope(LiveView):
         label: str = "",
     ) -> None:
         super().__init__(selection)
-        self.reset(geometry or Geometry((), 0, 0), label)
+        self._fill(geometry or Geometry((), 0, 0), label, live=True)
         if trace is not None:
             self.show(trace)
 
@@ -53,6 +53,7 @@ class RoutingScope(LiveView):
         """Forgets all tokens and waits for an answer of a model of this geometry; `label` is its name."""
         with self._lock:
             self._fill(geometry, label, live=True)
+            self.token = -1
             self._snapshot()
 
     def show(self, trace: "Trace") -> None:
@@ -60,6 +61,7 @@ class RoutingScope(LiveView):
         with self._lock:
             self._fill(Geometry.of_trace(trace), trace.header.get("model") or "", live=False)
             self._write(0, trace.tokens["text"].tolist(), trace.experts, trace.gates, trace.margins)
+            self._stay(len(self))
             self._snapshot()
 
     def push(
@@ -71,7 +73,10 @@ class RoutingScope(LiveView):
         call, so collect what came since the last screen. RequestError for a gap or a wrong shape.
         """
         with self._lock:
-            self._write(following(first_token, len(self)), pieces, experts, gates, margins)
+            taken_back = following(first_token, len(self)) < len(self)
+            self._write(first_token, pieces, experts, gates, margins)
+            if taken_back:
+                self._stay(len(self))
             content, buffers = self._news(first_token)
             self._tell(content | {"kind": "tokens"}, buffers)
 
@@ -130,7 +135,6 @@ class RoutingScope(LiveView):
         self.geometry, self.label, self._live = geometry, label, live
         self._pieces: list[str] = []
         self._routing = RoutingRows(geometry)
-        self.token = -1
 
     def _write(
         self, start: int, pieces: Sequence[str], experts: np.ndarray, gates: np.ndarray, margins: np.ndarray
@@ -140,7 +144,7 @@ class RoutingScope(LiveView):
         self._pieces[start:] = whole(pieces)
 
     def _shown(self) -> int:
-        if self.token >= 0:
+        if 0 <= self.token < len(self):
             return self.token
         read = np.flatnonzero((self._routing.experts >= 0).any((1, 2)))
         return int(read[-1]) if len(read) else len(self) - 1

@@ -117,7 +117,6 @@ class StripView extends LiveView {
     this.pieces.length = from;
     for (const piece of pieces) this.add(piece);
     this.painted.to = Math.min(this.painted.to, from);
-    if (this.get("token") >= this.pieces.length) this.set({ token: -1 });
     this.drawSoon();
   }
 

@@ -56,7 +56,7 @@ COLOURS = {
 }
 MEASURED = ("logprob", "probability", "entropy", "ms", "cache_bytes")  # columns of a Trace's tokens, in wire order
 PROMPT, SPECIAL = 1, 2  # flags
-SHOWN_STILL = 400  # tokens in a saved notebook
+AS_TEXT, AS_PICTURE = 400, 100  # tokens in a saved notebook
 
 
 class TokenStrip(LiveView):
@@ -77,7 +77,8 @@ class TokenStrip(LiveView):
         self, trace: "Trace | None" = None, *, selection: Selection | None = None, geometry: Geometry | None = None
     ) -> None:
         super().__init__(selection)
-        self.reset(geometry or Geometry((), 0, 0))
+        self._fill(geometry or Geometry((), 0, 0), live=True)
+        self._told = self.layer, self.expert, self.slot
         self.observe(self._column_changed, ["layer", "expert", "slot"])
         if trace is not None:
             self.show(trace)
@@ -86,6 +87,7 @@ class TokenStrip(LiveView):
         """Forgets all tokens and waits for an answer, of a model of another `geometry` if one is given."""
         with self._lock:
             self._fill(self.geometry if geometry is None else geometry, live=True)
+            self.token = -1
             self._snapshot()
 
     def show(self, trace: "Trace") -> None:
@@ -97,6 +99,7 @@ class TokenStrip(LiveView):
             labels = [str(trace.header["sequences"][n].get("label") or f"sequence {n}") for n in numbers.tolist()]
             self._breaks = list(zip(starts.tolist(), whole(labels))) if len(labels) > 1 else []
             self._write(0, trace.tokens, trace.experts, trace.gates, trace.margins)
+            self._stay(len(self))
             self._snapshot()
 
     def push(
@@ -112,8 +115,13 @@ class TokenStrip(LiveView):
         experts, gates, margins  [tokens, layers, k] as in a Trace, where they are known
         One message a call. A smaller `first_token` takes back what stood from there on. RequestError for a gap.
         """
+        if not isinstance(tokens, pd.DataFrame):
+            tokens = pd.DataFrame(dict(tokens) | {"text": whole(tokens["text"])})
         with self._lock:
-            self._write(following(first_token, len(self)), pd.DataFrame(tokens), experts, gates, margins)
+            taken_back = following(first_token, len(self)) < len(self)
+            self._write(first_token, tokens, experts, gates, margins)
+            if taken_back:
+                self._stay(len(self))
             content, buffers = self._news(first_token)
             self._tell(content | {"kind": "tokens"}, buffers)
 
@@ -125,7 +133,7 @@ class TokenStrip(LiveView):
             return chosen if name == "expert" else margin
         logprob, sampled, entropy, ms, cache = self._measured.values.T
         with np.errstate(under="ignore"):
-            by_name = {"probability": np.exp(logprob), "surprise": -logprob}
+            by_name = {"probability": np.exp(logprob), "surprise": 0 - logprob}
         return by_name.get(name, {"sampled": sampled, "entropy": entropy, "ms": ms, "cache_bytes": cache}.get(name))
 
     def __len__(self) -> int:
@@ -140,7 +148,6 @@ class TokenStrip(LiveView):
         self._pieces: list[str] = []
         self._measured, self._ids, self._flags = Rows((5,), np.float32), Rows((), np.int32), Rows((), np.uint8)
         self._routing = RoutingRows(geometry)
-        self.token = -1
 
     def _write(
         self,
@@ -153,7 +160,7 @@ class TokenStrip(LiveView):
         count = len(tokens)
         arrays = self._routing.checked(count, experts=experts, gates=gates, margins=margins)
         texts = [str(text) for text in tokens["text"]]
-        measured = tokens.reindex(columns=list(MEASURED)).to_numpy(np.float32)
+        measured = np.array(tokens.reindex(columns=list(MEASURED)), np.float32)
         measured[measured[:, 4] < 0, 4] = math.nan  # a Trace's -1: unknown
         ids = np.asarray(tokens["id"] if "id" in tokens else np.full(count, -1), np.int32)
         prompt = np.asarray(tokens["phase"] == "prefill" if "phase" in tokens else np.zeros(count, bool))
@@ -220,14 +227,16 @@ class TokenStrip(LiveView):
         title = f"{len(self)} tokens by {colour.label}" + (f" ({colour.unit})" if colour.unit else "")
         if not len(self):
             return f"<p>{escape(title)}</p>", None
-        shade, shown = colour.tint(values, clear, full)[:SHOWN_STILL], self._pieces[:SHOWN_STILL]
-        pieces = [visible(piece) for piece in shown]
-        prompt = (self._flags.values[:SHOWN_STILL] & PROMPT) > 0
-        boxes = [_box(*each) for each in zip(pieces, shade.tolist(), values.tolist(), prompt.tolist())]
-        more = f" … and {len(self) - len(shown)} more" if len(self) > len(shown) else ""
+        shade = colour.tint(values, clear, full).tolist()
+        prompt = ((self._flags.values & PROMPT) > 0).tolist()
+        pieces = [visible(piece) for piece in self._pieces]
+        boxes = [_box(*each) for each in zip(pieces[:AS_TEXT], shade, values.tolist(), prompt)]
+        more = f" … and {len(self) - AS_TEXT} more" if len(self) > AS_TEXT else ""
         html = f'<p>{escape(title)}</p><div style="line-height:2.1;max-width:60em">{" ".join(boxes)}{more}</div>'
+        first = f", the first {AS_PICTURE}" if len(self) > AS_PICTURE else ""
         ends = f"{clear:.3g}", f"{full:.3g}"
-        return html, picture.strip(pieces, shade.tolist(), prompt.tolist(), title + more, ends)
+        count = slice(AS_PICTURE)
+        return html, picture.strip(pieces[count], shade[count], prompt[count], title + first, ends)
 
 
 def visible(text: str) -> str:
