@@ -1,5 +1,5 @@
-"""The value at every site of one sequence, in float64: written from the paper like `reference`, to be compared with what a
-probe sees, and with a hook at each site, to be compared with what an edit does.
+"""The value at every site of one sequence, in float64: written from the paper like `reference`, to be compared with
+what a probe sees, and with a hook at each site, to be compared with what an edit does.
 
 T tokens, S keys; no batch and no cache. Sites and dimensions are named as in workbench/probe.py, B left out.
 """
@@ -67,7 +67,9 @@ class Inside(dict):
             queries = h @ self.weights[f"{at}.q_proj.weight"].T
         else:
             down = h @ self.weights[f"{at}.q_a_proj.weight"].T
-            down = self.pass_("attn.q_latent", layer, rms_norm(down, self.weights[f"{at}.q_a_layernorm.weight"], self.eps))
+            down = self.pass_(
+                "attn.q_latent", layer, rms_norm(down, self.weights[f"{at}.q_a_layernorm.weight"], self.eps)
+            )
             queries = down @ self.weights[f"{at}.q_b_proj.weight"].T
         queries = queries.view(length, heads, nope + rope)
         content = self.pass_("attn.q_content", layer, queries[..., :nope])

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from workbench.config import Config
 from workbench.exercises import check_absorbed_scores, check_cached_elements
 
 
@@ -49,18 +48,8 @@ def test_a_wrong_count_is_explained(attempt, says):
 
 
 def test_a_count_of_one_model_alone_is_not_enough():
-    feedback = check_cached_elements(lambda c: 480)
-    assert not feedback.passed and "Right so far: pocket." in feedback.text
-
-
-def test_no_two_mistakes_look_alike_to_the_count():
-    """Each explanation is of one cause only: in no model do two of the counts above agree."""
-    for name in ("pocket", "v2-lite", "v2"):
-        c = Config.preset(name)
-        layers, heads, row = c.num_hidden_layers, c.num_attention_heads, c.latent_width
-        counts = [row, c.kv_lora_rank * layers, c.qk_rope_head_dim * layers, heads * row * layers, 2 * row * layers,
-                  2 * row, 4 * row * layers, c.mha_width * layers]  # fmt: skip
-        assert len(set(counts)) == len(counts), name
+    feedback = check_cached_elements(lambda c: 15_552)
+    assert not feedback.passed and "Right so far: v2-lite." in feedback.text
 
 
 def by_einsum(content, position, latent, k_rope, up_key, scale):

@@ -5,7 +5,7 @@ import torch
 
 from workbench import ops
 from workbench.config import Config
-from workbench.exercises import check_choose, check_mix
+from workbench.exercises import CHOOSE, check_choose, check_mix
 
 
 def mixed(weigh, whom=lambda ids, t: ids[t]):
@@ -28,9 +28,8 @@ def in_one_go(x, gates, ids, experts):
 
 
 def with_the_ops(x, gates, ids, experts):
-    return ops.weigh_outputs(
-        torch.stack([torch.stack([experts[n](row) for n in own]) for row, own in zip(x, ids)]), gates
-    )
+    outputs = [torch.stack([experts[n](token) for n in own]) for token, own in zip(x, ids)]
+    return ops.weigh_outputs(torch.stack(outputs), gates)
 
 
 @pytest.mark.parametrize("mix", [mixed(lambda g: g), in_one_go, with_the_ops], ids="loop indexing ops".split())
@@ -66,10 +65,11 @@ def by_expert_number(x, gates, ids, experts):
         (mixed(lambda g: g, lambda ids, t: ids[0]), "experts of the first one"),
         (by_expert_number, "another expert's output"),
         (lambda x, gates, ids, experts: x + in_one_go(x, gates, ids, experts), "the token itself was added"),
-        (in_place, "changed its arguments"),
+        (in_place, "changed what it was given"),
         (mixed(lambda g: g + 1), "x expert"),
     ],
-    ids="nothing list vector ungated all average normalised softmax mean first order others swapped residual place other".split(),
+    ids="nothing list vector ungated all average normalised softmax mean strongest order others swapped residual place "
+    "other".split(),
 )  # fmt: skip
 def test_mix_names_the_mistake(mix, says):
     feedback = check_mix(mix)
@@ -80,14 +80,12 @@ def test_mix_counts_what_is_right_already():
     assert "Right so far: 1 of 3 cases." in check_mix(mixed(lambda g: g, lambda ids, t: ids[0])).text
 
 
-def chosen(
-    score=lambda groups: groups.amax(1), kept=lambda topk_group, k: topk_group, gates=lambda probs, ids: probs[ids]
-):
+def chosen(score=lambda groups: groups.amax(1), gates=lambda probs, ids: probs[ids]):
     """A solution of `choose` but for what is given."""
 
     def choose(probs, n_group, topk_group, k):
         groups = probs.view(n_group, -1)
-        best = score(groups).topk(min(kept(topk_group, k), n_group)).indices
+        best = score(groups).topk(topk_group).indices
         allowed = torch.zeros_like(groups)
         allowed[best] = groups[best]
         ids = allowed.flatten().topk(k).indices
@@ -106,7 +104,7 @@ def in_plain_python(probs, n_group, topk_group, k):
 
 
 def with_the_model(probs, n_group, topk_group, k):
-    sizes = dict(n_routed_experts=len(probs), n_group=n_group, topk_group=topk_group, num_experts_per_tok=k)
+    sizes = {"n_routed_experts": len(probs), "n_group": n_group, "topk_group": topk_group, "num_experts_per_tok": k}
     config = Config(*[1] * 10, topk_method="group_limited_greedy", **sizes)
     routing = ops.route(probs.log(), config)
     return routing.ids, routing.gates
@@ -146,10 +144,9 @@ def of_the_kept(probs, n_group, topk_group, k):
         (lambda probs, n_group, topk_group, k: ([0.25, 0.5, 0.1], [0, 1, 2]), "ids must be numbers of experts"),
         (lambda probs, n_group, topk_group, k: ([0, 2, 99], [0, 1, 2]), "ids must be numbers of experts"),
         (right_but(lambda probs, ids, gates: (ids, None)), "gates must be numbers"),
-        (lambda probs, n_group, topk_group, k: (probs.topk(k).indices, probs.topk(k).values), "limit on groups is missing"),
+        (lambda probs, n_group, topk_group, k: tuple(probs.topk(k))[::-1], "limit on groups is missing"),
         (chosen(score=lambda groups: groups.sum(1)), "not as the sum or mean"),
         (chosen(score=lambda groups: groups.mean(1)), "not as the sum or mean"),
-        (chosen(kept=lambda topk_group, k: k), "groups, not k"),
         (chosen(score=lambda groups: -groups.amax(1)), "weakest groups"),
         (chosen(score=lambda groups: torch.arange(len(groups), 0.0, -1)), "the first groups, not the best"),
         (inside, "number experts as in probs"),
@@ -164,20 +161,22 @@ def of_the_kept(probs, n_group, topk_group, k):
         (right_but(lambda probs, ids, gates: (ids, gates[::-1])), "another order than the ids"),
         (chosen(gates=lambda probs, ids: 4 * probs[ids]), "expected their probabilities"),
     ],
-    ids="nothing one bare values beyond gateless free sum mean k weakest first inside reversed sorted few gates twice normalised "
-    "softmax share order scaled".split(),
+    ids="nothing one bare values beyond gateless free sum mean weakest first inside reversed sorted few gates twice "
+    "normalised softmax share order scaled".split(),
 )  # fmt: skip
 def test_choose_names_the_mistake(choose, says):
     feedback = check_choose(choose)
     assert not feedback.passed and says in feedback.text, feedback
 
 
-def test_what_is_right_with_small_groups_only_is_found_too():
-    """The sum of the best two, which is V3's, is the sum of all where a group has two."""
-    feedback = check_choose(chosen(score=lambda groups: groups.topk(min(2, groups.shape[1]), 1).values.sum(1)))
-    assert not feedback.passed
+def test_the_mistakes_can_be_told_apart():
+    case = CHOOSE[0]
+    scores = (lambda g: g.amax(1), lambda g: g.sum(1), lambda g: -g.amax(1), lambda g: -torch.arange(len(g)))
+    answers = [tuple(chosen(score)(case.probs, *case[1:4])[0].tolist()) for score in scores]
+    answers.append(tuple(case.probs.topk(case.k).indices.tolist()))
+    assert len(set(answers)) == len(answers)
 
 
 def test_choose_counts_what_is_right_already():
-    feedback = check_choose(chosen(kept=lambda topk_group, k: 2))
+    feedback = check_choose(lambda probs, n_group, topk_group, k: chosen()(probs, n_group, min(2, n_group), k))
     assert not feedback.passed and "Right so far: 1 of 5 cases." in feedback.text

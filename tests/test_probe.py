@@ -1,4 +1,4 @@
-"""Probes of one's own: what they may change changes the answer, the rest is refused; and no probe costs nothing at all."""
+"""Probes of one's own: what they may change changes the answer, the rest is refused; and no probe costs nothing."""
 
 import ast
 import inspect
@@ -195,9 +195,11 @@ def stripped():
     """The classes of workbench/model.py without probes."""
     strip = Strip()
     bare = ast.fix_missing_locations(strip.visit(ast.parse(inspect.getsource(model_module))))
-    left = [node for node in ast.walk(bare) if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("probe")]
+    left = [
+        node for node in ast.walk(bare) if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("probe")
+    ]
     assert not left, [ast.unparse(node) for node in left]
-    assert strip.sites == len([site for site in SITES if site not in INSIDE["attend"] and site != "moe.groups"])
+    assert strip.sites == len(SITES) - sum(map(len, INSIDE.values()))
     names = {"__name__": model_module.__name__}
     exec(compile(bare, "model without probes", "exec"), names)
     return names

@@ -68,7 +68,10 @@ def test_keys_that_were_not_there_yet_are_no_numbers(bench, tokens):
     for chunk in tokens.split([5, 7], 1):
         bench(chunk, store, recorder)
     assert recorder["attn.scores", 1][..., :5, 5:].isnan().all()
-    assert recorder["attn.scores", 1][..., :5, :5].isfinite().all() and recorder["attn.scores", 1][..., 5:, :].isfinite().all()
+    assert (
+        recorder["attn.scores", 1][..., :5, :5].isfinite().all()
+        and recorder["attn.scores", 1][..., 5:, :].isfinite().all()
+    )
     assert not recorder["attn.pattern", 1][..., :5, 5:].any()
     assert torch.allclose(recorder["attn.pattern", 1].sum(-1), torch.ones(()))
 
@@ -78,7 +81,9 @@ def test_too_much_is_refused_before_the_pass_and_says_how_to_narrow(bench, token
     bench(tokens[:, :2], store)
     before = store.lengths, store.nbytes, store.rows(0, 0, torch.float32).clone()
     recorder = Recorder("attn.pattern", "logits", limit=1000)
-    with pytest.raises(BudgetError, match=r"attn.pattern, logits over 10 tokens takes .* limit is 1,000 bytes.*layers= or"):
+    with pytest.raises(
+        BudgetError, match=r"attn.pattern, logits over 10 tokens takes .* limit is 1,000 bytes.*layers= or"
+    ):
         bench(tokens[:, 2:], store, recorder)
     assert (store.lengths, store.nbytes) == before[:2] and torch.equal(store.rows(0, 0, torch.float32), before[2])
     assert not recorder.layers_of("logits") and recorder.nbytes == 0
@@ -115,9 +120,9 @@ def test_one_long_answer_does_not_keep_every_state_of_the_keys(bench, tokens):
     assert recorder["attn.v", 1].shape[1] == LENGTH
 
 
-@pytest.mark.parametrize("inference", [False, True])
-def test_no_record_is_a_window_into_something_larger(inference, bench, tokens):
-    with torch.inference_mode(inference):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_record_is_a_window_into_something_larger(mode, bench, tokens):
+    with mode():
         recorder = record(bench, tokens, "attn.q_content", "attn.q_rope", "attn.k_rope", "attn.v", "attn.k_content")
     for site in recorder.sites:
         assert recorder[site, 1].untyped_storage().nbytes() == recorder[site, 1].nbytes, site
@@ -186,8 +191,10 @@ def test_where_only_the_last_logits_are_computed_no_others_are_recorded(position
 
 def test_gradients_flow_into_what_was_recorded(bench, tokens):
     recorder = Recorder("resid.mid", "moe.router_probs", "attn.pattern")
-    # a leaf that everything after it depends on
+
     class Leaf(Probe):
+        """Puts a leaf in the middle, on which everything after it depends."""
+
         x = None
 
         def at(self, layer):
@@ -217,7 +224,7 @@ def test_gradients_pass_an_edit(bench, tokens):
         [gradient] = torch.autograd.grad(logit, recorder["resid.pre", 2])
     finally:
         bench.requires_grad_(False)
-    slope = float((gradient[0, -1] @ direction))
+    slope = float(gradient[0, -1] @ direction)
     with torch.no_grad():
         step = 1e-2
         sides = [

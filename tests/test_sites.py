@@ -1,4 +1,4 @@
-"""Every site fires where the table says, with the dimensions and type it says, and shows what the paper's formulas give."""
+"""Every site fires where the table says, with its dimensions and type, and shows what the paper's formulas give."""
 
 from functools import cache
 

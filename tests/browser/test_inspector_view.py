@@ -146,6 +146,9 @@ def test_buttons_emit_edits(opened, trace):
     view = opened(inspector)
     button = lambda name: view.page.get_by_role("button", name=f"{name}: expert {expert}", exact=True)  # noqa: E731
     button("Ablate").click()
+    view.settle()
+    assert view.page.locator("tr.wbi-current b").inner_text() == str(expert)
+    assert view.page.evaluate("document.activeElement.textContent") == "Ablate", "drawn anew under the finger"
     button("Force").click()
     view.page.get_by_label("Bias by, in logits").fill("1.5")
     button("Bias \u2212").click()

@@ -51,6 +51,7 @@ class Desk(NamedTuple):
     outside: list[str]
     failures: list[str]
     reopen: Callable[[], None]
+    folder: Path
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def desk(playwright, tmp_path_factory):
     with serving(folder, arguments) as (address, token), browsing(playwright, folder) as (page, outside):
         failures = []
         page.on("pageerror", lambda error: failures.append(str(error)))
-        desk = Desk(page, outside, failures, lambda: open_notebook(page, address, token, f"notebooks/{FIRST}"))
+        desk = Desk(page, outside, failures, lambda: open_notebook(page, address, token, f"notebooks/{FIRST}"), folder)
         desk.reopen()
         command(page, "notebook:run-all-cells")
         page.locator(".wbc").wait_for(timeout=40_000)
@@ -202,6 +203,40 @@ def test_it_is_legible_in_the_dark(page, shots):
     )
     ink, paper = ([int(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]] for colour in colours)
     assert sum(ink) - sum(paper) > 3 * 100
+
+
+@pytest.mark.skipif(not POCKET, reason="the slow bench has no experts")
+def test_a_token_is_opened_its_top_expert_ablated_and_both_replies_compared(desk, page, shots):
+    python(page, CALM)
+    page.locator(".wbc-empty").wait_for()
+    page.get_by_role("button", name="Experts").click()
+    send(page, "What is a mixture of experts?")
+    ended(page)
+    page.locator(".wbr-readout", has_text="layer 1 chose").first.wait_for()
+    page.locator(".wbc-reply .wbc-token").nth(4).click()
+    page.get_by_role("button", name="Look inside").first.click()
+    inspector = page.get_by_role("region", name="Token inspector")
+    inspector.get_by_role("button", name="Ablate").first.wait_for()
+    page.screenshot(path=shots / "explorer-dark.png")
+    top = python(page, "pass", "panel.explorer.inspector.inspection.layers[0].experts[0]")
+    inspector.get_by_role("button", name="Ablate").first.click()
+    page.locator(".wbc-reply .wbc-versions", has_text="2/2").wait_for()
+    ended(page)
+    page.get_by_role("region", name="Side by side").get_by_text(f"without expert {top} in layer 1").wait_for()
+    page.screenshot(path=shots / "compare-dark.png")
+    command(page, "apputils:change-theme", theme="JupyterLab Light")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'true'")
+    page.locator(".wbr-head").first.scroll_into_view_if_needed()
+    page.screenshot(path=shots / "explorer-light.png")
+
+
+def test_the_saved_notebook_is_small_and_still_says_something(desk, page):
+    python(page, "from IPython.display import display; display(panel.explorer.scope) if panel.explorer.turn else None")
+    command(page, "docmanager:save")
+    page.wait_for_function("() => !window.jupyterapp.shell.currentWidget.context.model.dirty")
+    saved = (desk.folder / "notebooks" / FIRST).read_bytes()
+    assert len(saved) < 300_000
+    assert b"Chat with" in saved
 
 
 def test_no_request_left_the_machine_and_nothing_broke(desk):

@@ -63,7 +63,9 @@ class Shown:
         self.page, self.widget, self.told, self.asked = page, widget, [], []
         widget._tell = lambda message, buffers=(): self.told.append((message, list(buffers)))
         widget.observe(
-            lambda change: page.evaluate("([name, value]) => window.update(name, value)", [change["name"], change["new"]]),
+            lambda change: page.evaluate(
+                "([name, value]) => window.update(name, value)", [change["name"], change["new"]]
+            ),
             [name for name in TRAITS if widget.has_trait(name)],
         )
         state = {name: getattr(widget, name) for name in TRAITS if widget.has_trait(name)}
@@ -125,8 +127,8 @@ def scope(page, name="pocket", tokens=12, pieces=None):
     return Shown(page, widget)
 
 
-def pixels(shown, colour=None):
-    """How many different colours the canvas shows, or how many pixels of it are not clear."""
+def colours(shown):
+    """How many different colours the canvas shows."""
     return shown.page.locator("canvas").evaluate(
         """(canvas) => {
           const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
@@ -165,13 +167,13 @@ def test_a_view_asks_until_it_is_told_and_then_no_more(page):
 @pytest.mark.parametrize("name", SIZES)
 def test_every_size_is_drawn_and_fits_or_scrolls(page, name):
     shown = scope(page, name)
-    assert pixels(shown) > 20
+    assert colours(shown) > 20
     for width in (1200, 460):
         page.set_viewport_size({"width": width, "height": 800})
         shown.carry(100)
         inside = shown.grid.evaluate("(grid) => grid.scrollWidth - grid.clientWidth")
         canvas, frame = page.locator("canvas").bounding_box(), page.locator(".wbr").bounding_box()
-        assert canvas["width"] <= frame["width"] <= width and pixels(shown) > 20
+        assert canvas["width"] <= frame["width"] <= width and colours(shown) > 20
         assert (inside > 0) == (width == 460 and name == "v2")
     page.set_viewport_size({"width": 1280, "height": 900})
 
@@ -278,12 +280,12 @@ def test_a_gap_is_asked_for_in_full_and_what_was_taken_back_is_gone(page):
 
 def test_markup_in_tokens_and_names_stays_text(page):
     shown = scope(page, tokens=2, pieces=["<img src=x onerror=alert(1)>", "<b>bold</b>\n"])
-    shown.widget.label = "<i>model</i>"
+    shown.widget.label = "owner/<i>model"
     shown.widget._snapshot()
     shown.carry()
     assert page.locator(".wbr img, .wbr .wbr-text b b, .wbr .wbr-title i").count() == 0
     assert "<b>bold</b>↵" in page.locator(".wbr-now").inner_text()
-    assert page.locator(".wbr-title").inner_text() == "Routing of i>"  # the last part of a path
+    assert page.locator(".wbr-title").inner_text() == "Routing of <i>model"
 
 
 def test_the_scope_can_be_heard(page):
@@ -319,6 +321,23 @@ def test_a_dark_page_is_drawn_in_other_colours(page):
     )
     shown.carry(50)
     assert page.locator("canvas").evaluate("(canvas) => canvas.toDataURL()") != light
+
+
+def test_what_an_edit_forced_is_called_so_and_keeps_no_group(page):
+    geometry = Geometry((1,), 8, 2, 4, 2)
+    widget = RoutingScope(geometry=geometry)
+    widget.push(0, ["x"], [[[0, 7]]], [[[0.5, 0.25]]], [[[0.4, -0.125]]])
+    shown = Shown(page, widget)
+    shown.carry(300)
+    assert shown.readout == "token 0 'x': layer 1 chose 0 (0.500), 7 (0.250, forced); the last one was forced"
+    # a canvas has no elements: two cells that were not chosen, one beside the chosen, one beside the forced expert
+    kept, dropped = page.locator("canvas").evaluate(
+        """(canvas) => {
+          const at = (x, y) => canvas.getContext("2d").getImageData(x * devicePixelRatio, y * devicePixelRatio, 1, 1).data[3];
+          return [at(62 + 26 + 12, 46), at(62 + 6 * 26 + 3 * 6 + 12, 46)];
+        }"""
+    )
+    assert kept > dropped > 0
 
 
 # The strip

@@ -6,7 +6,7 @@ from widgets.routed import routed_trace
 from workbench.config import PRESETS
 from workbench.edits import Ablate, Add, Bias, Force, ReplayRouting, Scale, TopK
 from workbench.errors import RequestError
-from workbench.widgets.editing import KINDS, EditControls
+from workbench.widgets.editing import EVERY, KINDS, EditControls
 
 
 @pytest.fixture
@@ -84,10 +84,11 @@ def test_the_answer_to_a_wrong_entry_goes_with_the_next_right_one(controls):
 
 def test_only_layers_with_experts_are_offered_and_for_attention_all(controls):
     controls.kind.value = "Ablate"
-    assert [layer for _, layer in controls.fields["layer"].options] == [None, 1, 2, 3, 4, 5]
+    assert controls.fields["layer"].label == "every layer"
+    assert [layer for _, layer in controls.fields["layer"].options] == [EVERY, 1, 2, 3, 4, 5]
     controls.kind.value = "Scale"
     controls.fields["site"].value = "attn.z"
-    assert [layer for _, layer in controls.fields["layer"].options] == [None, 0, 1, 2, 3, 4, 5]
+    assert [layer for _, layer in controls.fields["layer"].options] == [EVERY, 0, 1, 2, 3, 4, 5]
     with pytest.raises(RequestError, match="layer 0 is dense"):
         controls.add(Ablate(0, (1,)))
 

@@ -1,6 +1,8 @@
 """A token opened: what a trace knows of it, what it does not, and an edit for every button."""
 
 import json
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -234,3 +236,9 @@ def test_a_saved_notebook_shows_the_routing_as_text_table_and_picture(trace):
     first = inspector.inspection.layers[0]
     assert f"layer 1: experts {first.experts[0]} (gate {first.gates[0]:.3g}" in page["text/plain"]
     assert page["image/png"].startswith(b"\x89PNG") and len(page["image/png"]) < 50_000
+
+
+def test_a_saved_trace_is_looked_at_without_torch():
+    code = "import sys, workbench.widgets.inspector, workbench.widgets.compare; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "False"

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from workbench.config import Config
 from workbench.exercises.feedback import Feedback
 
-CONFIGS = ("pocket", "v2-lite", "v2")
+CONFIGS = ("v2-lite", "v2", "pocket")  # pocket last: two mistakes make the same number there
 
 
 def check_cached_elements(cached_elements: Callable[[Config], int]) -> Feedback:
@@ -27,7 +27,7 @@ def check_cached_elements(cached_elements: Callable[[Config], int]) -> Feedback:
         if answer != right:
             so_far = f" Right so far: {', '.join(CONFIGS[:done])}." if done else ""
             return Feedback(False, f"{call} returned {answer:,}: {_miscount(int(answer), config)}.{so_far}")
-    return Feedback(True, "Right for pocket, V2-Lite and V2. The cache lays its rows out so, in workbench/cache.py.")
+    return Feedback(True, "Right for V2-Lite, V2 and pocket. The cache lays its rows out so, in workbench/cache.py.")
 
 
 def _miscount(answer: int, config: Config) -> str:
@@ -56,7 +56,7 @@ AXES = ("heads", "queries", "keys")
 
 
 def check_absorbed_scores(absorbed_scores: Callable[..., Tensor]) -> Feedback:
-    """For `absorbed_scores(content, position, latent, k_rope, up_key, scale)`: scores [H, T, S] before mask and softmax.
+    """For `absorbed_scores(content, position, latent, k_rope, up_key, scale)`: scores [H, T, S] before the softmax.
 
     content [T, H, N] and position [T, H, R] are the two parts of the queries, latent [S, C] and k_rope [S, R] what the
     cache holds, up_key [H, N, C] the weights that would make the content keys of each head.
@@ -123,8 +123,8 @@ def _misscored(answer: Tensor, by_content: Tensor, by_position: Tensor, right: T
         cause = f"all are {factor:.3g} times too large. Use `scale` as it is given; the model's own has YaRN in it"
         return f"The shape is right, the numbers are not: {cause}."
     return (
-        "The shape is right, the numbers are not. Content: each head's query, by its own up_key, becomes as wide as the "
-        "latent, and meets every latent there. Rotary: each head's query meets the one rotary key of every token."
+        "The shape is right, the numbers are not. Content: each head's query, by its own up_key, becomes as wide as "
+        "the latent, and meets every latent there. Rotary: each head's query meets the one rotary key of every token."
     )
 
 

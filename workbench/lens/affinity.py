@@ -132,7 +132,7 @@ def specialisation(
     The bootstrap draws sequences anew within each label. Drawing adds chance information of its own, so the interval is
     moved to have its mean at the observed effect. With few sequences the effect comes out too small: shuffles mix in
     some of a real difference. Not controlled: position, length and layout of the texts, where these go with the label.
-    Sequences count as independent: many prompts of one template are nearly one text, and answer for their template only.
+    Sequences count as independent: many prompts of one template are nearly one text, and speak for that template only.
 
     RequestError without two labels of two sequences each, and where no token is left to compare.
     """

@@ -56,13 +56,17 @@ class Answer {
 
   isExact = (token) => this.exact?.token === token;
 
-  /** What a token chose in a row: [{expert, gate, rank}], strongest first. */
+  /** What a token chose in a row: [{expert, gate, rank, forced}], strongest first. Of more than the last one it is only
+   * known that an edit forced it where the token is known in full. */
   chosen(token, row) {
     if (token < 0) return [];
     const { k } = this.facts;
     const gates = this.isExact(token) ? this.exact.gates : this.gates.row(token);
     const experts = this.experts.row(token).subarray(row * k, (row + 1) * k);
-    return Array.from(experts, (expert, rank) => ({ expert, rank, gate: gates[row * k + rank] })).filter(({ expert }) => expert >= 0);
+    const chosen = Array.from(experts, (expert, rank) => ({ expert, rank, gate: gates[row * k + rank], forced: false })).filter(({ expert }) => expert >= 0);
+    if (this.isExact(token)) for (const choice of chosen) choice.forced = this.exact.margins[row * k + choice.rank] < 0;
+    else if (chosen.length) chosen.at(-1).forced = this.margins.row(token)[row] < 0;
+    return chosen;
   }
 
   /** By how much the last chosen one made the cut; negative: it was forced; NaN: nothing was chosen. */

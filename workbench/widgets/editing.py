@@ -26,6 +26,7 @@ FIELDS = {
     "Scale": ("site", "layer", "index", "factor"),
 }
 WHERE = ("phase", "positions")
+EVERY = -1  # layer; None would be a dropdown in which nothing is chosen
 _NARROW = {"description_width": "initial"}
 
 
@@ -110,8 +111,8 @@ class EditControls(ipywidgets.VBox):
     def _typed(self) -> list[Edit]:
         """The edits the fields describe: one, or for Bias one an expert."""
         value = {name: field.value for name, field in self.fields.items()}
-        where = {"phase": value["phase"], "positions": _span(value["positions"])}
-        layer = value["layer"]
+        where = {"phase": value["phase"] or None, "positions": _span(value["positions"])}
+        layer = None if value["layer"] == EVERY else value["layer"]
         named = _experts(value["experts"], self.config.n_routed_experts or 0) if "experts" in self._shown else ()
         match self.kind.value:
             case "Ablate":
@@ -143,8 +144,8 @@ class EditControls(ipywidgets.VBox):
         layers = layers_with(site, self.config)
         field, chosen = self.fields["layer"], self.fields["layer"].value
         every = "every layer" if layers != [None] else "after the layers"
-        field.options = [(every, None), *((f"layer {layer}", layer) for layer in layers if layer is not None)]
-        field.value = chosen if chosen in layers else None
+        field.options = [(every, EVERY), *((f"layer {layer}", layer) for layer in layers if layer is not None)]
+        field.value = chosen if chosen in layers else EVERY
 
     def _draw_list(self) -> None:
         rows = []
@@ -181,11 +182,11 @@ def _text(label: str, hint: str, width: str, value: str = "") -> ipywidgets.Text
 def _fields(config: Config) -> dict[str, ipywidgets.DOMWidget]:
     sites = [name for name, site in SITES.items() if site.writable and layers_with(name, config)]
     count, most = config.num_experts_per_tok, config.n_routed_experts or 1
-    everywhere = [("prompt and answer", None), *((f"{phase} only", phase) for phase in PHASES)]
+    everywhere = [("prompt and answer", ""), *((f"{phase} only", phase) for phase in PHASES)]
     number = ipywidgets.FloatText
     return {
         "layer": ipywidgets.Dropdown(description="in", style=_NARROW, layout=_wide("10em")),
-        "experts": _text("experts", f"such as 3, 17 or 4-7; below {most}", "16em"),
+        "experts": _text("experts", f"such as 3, 17 or 4-7; below {most}", "20em"),
         "gate": _text("gate", "the router's own", "12em"),
         "amount": number(value=2.0, step=0.5, description="by (logits)", style=_NARROW, layout=_wide("10em")),
         "k": ipywidgets.BoundedIntText(
@@ -196,7 +197,7 @@ def _fields(config: Config) -> dict[str, ipywidgets.DOMWidget]:
         ),
         "index": _text("index", "all", "8em"),
         "factor": number(value=0.0, step=0.1, description="factor", style=_NARROW, layout=_wide("9em")),
-        "phase": ipywidgets.Dropdown(options=everywhere, description="for", style=_NARROW, layout=_wide("13em")),
+        "phase": ipywidgets.Dropdown(options=everywhere, description="for", style=_NARROW, layout=_wide("15em")),
         "positions": _text("positions", "all, or from-to", "14em"),
     }
 

@@ -37,7 +37,7 @@ class Layout {
 }
 
 /** The grid as an element. What it draws is a `picture`: {facts, cursor, selected, hover: {row, expert} with -1 for none,
- * sideHead, at(row, expert) -> {share: 0 to 1 | null, rank: number | null}, side(row) -> {share, text} for the bar
+ * sideHead, at(row, expert) -> {share: 0 to 1 | null, rank: number | null, forced}, side(row) -> {share, text} for the bar
  * beside the row, keptIn(row) -> a Set of groups | null}. */
 class Grid {
   constructor(open) {
@@ -170,7 +170,7 @@ class Grid {
       const kept = picture.keptIn(row);
       for (let expert = 0; expert < layout.experts; expert++) {
         box(row, expert);
-        const { share, rank } = picture.at(row, expert);
+        const { share, rank, forced } = picture.at(row, expert);
         if (share === null) {
           pen.fillStyle = kept?.has(Math.floor(expert / layout.size)) ? palette.kept : palette.cell;
           pen.fill();
@@ -181,6 +181,11 @@ class Grid {
         } else {
           pen.fillStyle = palette.ramp(share);
           pen.fill();
+          if (forced) {
+            pen.strokeStyle = palette.forced;
+            pen.lineWidth = 2;
+            pen.stroke();
+          }
           if (rank !== null && this.ranked) {
             pen.font = `600 ${wide >= 18 ? 12 : wide >= 12 ? 9 : 8}px ${FONT}`;
             pen.textAlign = "center";

@@ -99,6 +99,8 @@ class InspectorView extends View {
   }
 
   edit(kind, expert, sign = 1) {
+    this.expert = expert;
+    this.drawSoon();
     const amount = sign * Math.abs(Number(this.amount.value) || 0);
     this.tell({ kind: "edit", edit: kind, layer: this.layer, expert, amount, here: this.scope.value === "here" });
   }
@@ -158,7 +160,7 @@ class InspectorView extends View {
     const focused = this.head.contains(document.activeElement) ? [...this.head.querySelectorAll("button")].indexOf(document.activeElement) : -1;
     fill(this.head, 
       element("code", { className: "wbi-token" }, visible(seen.text)),
-      element("dl", { className: "wbi-facts" }, facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, String(value))))),
+      element("div", { className: "wbi-facts" }, facts.map(([name, value]) => element("span", {}, element("small", {}, name), ` ${value}`))),
       element("span", { className: "wbi-space" }),
       element("span", { className: "wbi-soft" }, this.waiting == null ? seen.model : `opening token ${this.waiting} \u2026`),
       turn("\u2039", "Previous token (Page Up)", -1), turn("\u203a", "Next token (Page Down)", 1));

@@ -38,6 +38,7 @@ class Palette {
     this.ink = color;
     this.soft = getComputedStyle(quiet).color;
     this.accent = "#e69f00";
+    this.forced = "#d55e00";
     this.stops = RAMPS[this.dark ? "dark" : "light"];
     this.cell = this.dark ? "rgb(255 255 255 / 6%)" : "rgb(0 0 0 / 4.5%)";
     this.kept = this.dark ? "rgb(255 255 255 / 15%)" : "rgb(0 0 0 / 11%)";
@@ -128,6 +129,7 @@ class LiveView extends View {
     // the keys used here are no shortcuts of the notebook around it
     root.setAttribute("data-lm-suppress-shortcuts", "true");
     root.addEventListener("keydown", (event) => {
+      this.tip.hide();
       if (!event.ctrlKey && !event.metaKey && !event.altKey) event.stopPropagation();
     }, { signal: this.ended.signal });
   }

@@ -199,10 +199,10 @@ class ScopeView extends LiveView {
     const root = (value, most) => (most > 0 ? Math.sqrt(value / most) : 0);
     return {
       ...common, sideHead: "margin",
-      keptIn: (row) => (facts.kept === null ? null : new Set([...rows[row].keys()].map(answer.group))),
+      keptIn: (row) => (facts.kept === null ? null : new Set([...rows[row].values()].filter(({ forced }) => !forced).map(({ expert }) => answer.group(expert)))),
       at: (row, expert) => {
         const choice = rows[row].get(expert);
-        return choice ? { share: Math.max(0.02, root(choice.gate, top)), rank: choice.rank } : { share: null, rank: null };
+        return choice ? { ...choice, share: Math.max(0.02, root(choice.gate, top)) } : { share: null, rank: null };
       },
       side: (row) => {
         const margin = answer.margin(shown, row);
@@ -217,7 +217,7 @@ class ScopeView extends LiveView {
     const unit = mode === "token" ? "gate" : this.get("by") === "count" ? "tokens" : "sum of gates";
     this.most.textContent = `${Number.isInteger(top) ? number(top) : short(top)} ${unit}`;
     const { ranked, outlined } = this.grid;
-    const marks = [ranked && "number: rank", facts.kept !== null && "grey: group kept", "margin: the last one chosen over the best left out (bar: square root)"];
+    const marks = [ranked && "number: rank", facts.kept !== null && "grey: their groups, which were kept", "margin: the last one over the best left out", "bar and shade: square roots"];
     this.hint.textContent = mode === "token" ? marks.filter(Boolean).join(" \u00b7 ") : `${outlined ? "outline" : "blank"}: never chosen`;
     this.range.max = String(Math.max(0, pieces.length - 1));
     this.range.value = String(Math.max(0, shown));
@@ -253,7 +253,7 @@ class ScopeView extends LiveView {
     const chosen = answer.chosen(shown, row);
     const head = `token ${shown} '${visible(answer.pieces[shown])}': layer ${layers[row]}`;
     if (!chosen.length) return `${head} has not read it yet`;
-    const list = chosen.map(({ expert, gate }) => `${expert} (${short(gate, answer.isExact(shown))})`).join(", ");
+    const list = chosen.map(({ expert, gate, forced }) => `${expert} (${short(gate, answer.isExact(shown))}${forced ? ", forced" : ""})`).join(", ");
     return `${head} chose ${list}; ${this.cut(row)}`;
   }
 
@@ -272,6 +272,7 @@ class ScopeView extends LiveView {
     const choice = chosen.find((each) => each.expert === expert);
     if (choice) lines.push(`rank ${choice.rank + 1}, gate ${short(choice.gate, answer.isExact(shown))}`, `layer ${layers[row]}: ${this.cut(row)}`);
     else if (this.get("mode") === "token") lines.push("not chosen by this token");
+    if (choice?.forced) lines.push("forced by an edit");
     const times = answer.counts(row)[expert];
     lines.push(`chosen by ${plural(times, "token")} of ${number(answer.newest + 1)}`);
     if (times) lines.push(`sum of gates ${short(answer.counts(row, "gate")[expert])}`);

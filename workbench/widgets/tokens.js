@@ -41,6 +41,7 @@ class StripView extends LiveView {
     this.tip = new Tip(this.root);
     this.body.addEventListener("click", ({ target }) => {
       const token = this.numberOf(target);
+      this.tip.hide(); // the line below says the same
       if (token >= 0) this.set({ token: token === this.get("token") ? -1 : token });
     });
     this.body.addEventListener("pointerover", (event) => {
