@@ -184,7 +184,9 @@ class FakeBench:
 
     def __init__(self):
         self.name = "fake"
-        self.config = replace(Config.preset("pocket"), n_routed_experts=None, num_experts_per_tok=0)  # nothing is routed
+        self.config = replace(
+            Config.preset("pocket"), n_routed_experts=None, num_experts_per_tok=0
+        )  # nothing is routed
         self.context = 2048
         self.tokenizer = FakeTokenizer()
         self.engine = FakeEngine(self.tokenizer)

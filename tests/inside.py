@@ -14,8 +14,16 @@ from reference import is_moe, rms_norm, rotate, softmax_scale, swiglu
 from safetensors.torch import load_file
 from torch import Tensor
 
-Change = Callable[[str, int | None, Tensor], Tensor]
-Choose = Callable[[int, Tensor, list[list[int]]], list[list[int]]]  # layer, probabilities, what the router chose
+Change = Callable[["Inside", str, int | None, Tensor], Tensor]  # site, layer, value -> what takes its place
+Choose = Callable[["Inside", int, int, list[int]], list[int]]  # layer, position, experts from best to worst -> chosen
+
+
+def nothing(inside: "Inside", site: str, layer: int | None, x: Tensor) -> Tensor:
+    return x
+
+
+def the_best(inside: "Inside", layer: int, position: int, ranked: list[int]) -> list[int]:
+    return ranked[: inside.config["num_experts_per_tok"]]
 
 
 def opened(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -31,8 +39,8 @@ class Inside(dict):
         config: dict,
         tensors: dict[str, Tensor],
         tokens: list[int],
-        change: Change = lambda site, layer, x: x,
-        choose: Choose = lambda layer, probabilities, chosen: chosen,
+        change: Change = nothing,
+        choose: Choose = the_best,
     ):
         super().__init__()
         self.config, self.change, self.choose = config, change, choose
@@ -46,7 +54,7 @@ class Inside(dict):
         self.logits = self.pass_("logits", None, x @ self.weights[head].T)
 
     def pass_(self, site: str, layer: int | None, x: Tensor) -> Tensor:
-        self[site, layer] = self.change(site, layer, x)
+        self[site, layer] = self.change(self, site, layer, x)
         return self[site, layer]
 
     def block(self, x: Tensor, layer: int) -> Tensor:
@@ -115,7 +123,7 @@ class Inside(dict):
     def route(self, probs: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         config, experts = self.config, probs.shape[1]
         count = config["n_group"] if config["topk_method"] == "group_limited_greedy" else 1
-        size, k = experts // count, config["num_experts_per_tok"]
+        size = experts // count
         groups = torch.ones(len(probs), count, dtype=probs.dtype)
         if config["topk_method"] == "group_limited_greedy":
             for row, keep in zip(probs, groups, strict=True):
@@ -124,8 +132,8 @@ class Inside(dict):
                     keep[dropped] = 0
         groups = self.pass_("moe.groups", layer, groups)
         allowed = [[row[e].item() * keep[e // size].item() for e in range(experts)] for row, keep in zip(probs, groups)]
-        own = [sorted(range(experts), key=lambda e: -row[e])[:k] for row in allowed]
-        chosen = self.choose(layer, probs, own)
+        ranked = [sorted(range(experts), key=lambda e: -row[e]) for row in allowed]
+        chosen = [self.choose(self, layer, position, row) for position, row in enumerate(ranked)]
         width = max(map(len, chosen))
         ids, gates, scores = [], [], []
         for row, may, picked in zip(probs, allowed, chosen, strict=True):

@@ -26,8 +26,20 @@ FLOORS = {
     4: ["model"],
     3: ["experts"],
     2: ["ops", "lens"],
-    1: ["cache", "rope", "sampling", "tokenizer", "trace", "tracefile", "recorder", "edits", "editcheck", "editing", "ring",
-        "machine"],  # fmt: skip
+    1: [
+        "cache",
+        "rope",
+        "sampling",
+        "tokenizer",
+        "trace",
+        "tracefile",
+        "recorder",
+        "edits",
+        "editcheck",
+        "editing",
+        "ring",
+        "machine",
+    ],  # fmt: skip
     0: ["errors", "config", "probe", "formats"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -55,6 +67,7 @@ PUBLIC = [
     "chat",
     "diff",
     "load",
+    "replay",
 ]
 
 MAX_LINES = 350

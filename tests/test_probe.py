@@ -74,7 +74,7 @@ def test_a_change_at_a_writable_site_changes_the_answer_as_it_should(site, name,
         pytest.skip(f"{name} has no {site}")
     layer, function = layers[-1], altered_groups if site == "moe.groups" else altered
 
-    def change(name_of_site, at, x):
+    def change(inside, name_of_site, at, x):
         return function(x) if (name_of_site, at) == (site, layer) else x
 
     expected = Inside(checkpoint(name).config, checkpoint(name).tensors, tokens, change).logits

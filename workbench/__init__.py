@@ -32,6 +32,7 @@ _HOME = {
     "chat": "workbench.widgets.chat:chat",
     "diff": "workbench.lens.difference:diff",
     "load": "workbench.workbench:load",
+    "replay": "workbench.widgets.replay:replay",
 }
 
 __all__ = list(_HOME)

@@ -228,15 +228,16 @@ class _Layer(Probe):
                 recorded, weights = self._recorded(number)
                 same = self.ids[..., :, None] == recorded[..., None, :]  # [B, T, slots, recorded slots]
                 value = (same * weights[..., None, :]).sum(-1)
-                there = same.any(-1) & (self.ids >= 0)
-            elif isinstance(edit, Force) and edit.gate is not None:
+                gates = self._put(number, same.any(-1) & (self.ids >= 0), value, gates)
+        for number, edit in self.active:
+            if isinstance(edit, Force) and edit.gate is not None:
                 there = torch.isin(self.ids, self.editing.values[number])
-                value = torch.full_like(gates, edit.gate)
-            else:
-                continue
-            mask = self.parent.masks[number]
-            gates = torch.where(there if mask is None else there & mask[..., None], value, gates)
+                gates = self._put(number, there, torch.full_like(gates, edit.gate), gates)
         return gates
+
+    def _put(self, number: int, there: torch.Tensor, value: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        mask = self.parent.masks[number]
+        return torch.where(there if mask is None else there & mask[..., None], value, gates)
 
     def _recorded(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and gates [B, T, K] that the trace has for the tokens of this pass; beyond its end, of its last token."""

@@ -69,6 +69,11 @@ class Recorder(Probe):
     def __contains__(self, key: tuple[str, int | None]) -> bool:
         return key in self._pieces
 
+    @property
+    def seen(self) -> dict[tuple[str, int | None], torch.Tensor]:
+        """Everything recorded, by site and layer."""
+        return {key: self[key] for key in self._pieces}
+
     def layers_of(self, site: str) -> list[int | None]:
         """Where something was recorded at this site."""
         return sorted((layer for name, layer in self._pieces if name == site), key=lambda layer: (layer is None, layer))

@@ -51,7 +51,10 @@ OPEN = """async ([source, style, state]) => {
   };
   const view = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
   window.tell = (message, buffers) => fire("msg:custom", message, buffers.map(view));
-  window.open_view = () => widget.render({ model: window.model, el: document.body.appendChild(document.createElement("div")) });
+  window.open_view = () => {
+    const el = document.body.appendChild(document.createElement("div"));
+    return widget.render({ model: window.model, el });
+  };
   window.close_view = window.open_view();
 }"""
 
@@ -333,8 +336,10 @@ def test_what_an_edit_forced_is_called_so_and_keeps_no_group(page):
     # a canvas has no elements: two cells that were not chosen, one beside the chosen, one beside the forced expert
     kept, dropped = page.locator("canvas").evaluate(
         """(canvas) => {
-          const at = (x, y) => canvas.getContext("2d").getImageData(x * devicePixelRatio, y * devicePixelRatio, 1, 1).data[3];
-          return [at(62 + 26 + 12, 46), at(62 + 6 * 26 + 3 * 6 + 12, 46)];
+          const ratio = devicePixelRatio;
+          const pen = canvas.getContext("2d");
+          const opacity = (x) => pen.getImageData(x * ratio, 46 * ratio, 1, 1).data[3];
+          return [opacity(62 + 26 + 12), opacity(62 + 6 * 26 + 3 * 6 + 12)];
         }"""
     )
     assert kept > dropped > 0
@@ -355,9 +360,8 @@ def test_tokens_are_tinted_by_the_number_that_is_chosen_and_hatched_without(page
     tokens = page.locator(".wbr-token")
 
     def look():
-        return tokens.evaluate_all(
-            "(all) => all.map((t) => t.classList.contains('wbr-unmeasured') ? null : Number(t.style.getPropertyValue('--tint')))"
-        )
+        tint = "t.classList.contains('wbr-unmeasured') ? null : Number(t.style.getPropertyValue('--tint'))"
+        return tokens.evaluate_all(f"(all) => all.map((t) => {tint})")
 
     assert look() == [None, 0, 1] and "not measured" in page.locator(".wbr-legend").inner_text()
     page.get_by_label("colour by").select_option("ms")

@@ -158,6 +158,18 @@ def test_edits_count_from_the_next_reply_on_and_are_exported(panel, bench):
         panel.edits = [wb.Ablate(0, 1)]
 
 
+def test_what_was_seen_is_saved_under_a_name_that_is_not_taken(panel, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match="no complete reply"):
+        panel.explorer.save()
+    turn = ask(panel)
+    panel.exploring = True
+    panel.explorer.keep.click()
+    panel.explorer.keep.click()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trace-1.parquet", "trace-2.parquet"]
+    assert wb.Trace.load(tmp_path / "trace-2.parquet") == turn.trace
+
+
 def test_an_edit_while_answering_is_refused_and_the_reply_goes_on(panel):
     ask(panel)
     panel.sampling = RAMBLE

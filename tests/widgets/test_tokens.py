@@ -160,3 +160,12 @@ def test_a_replay_repeats_a_warning_of_the_header(trace):
 def test_a_strip_joins_a_selection_that_is_made_already(trace):
     strip = TokenStrip(trace, selection=Selection(token=2, layer=2))
     assert strip.token == 2 and strip.values("expert").tolist() == [1, 2, 5, 2, -1]
+
+
+def test_a_trace_of_a_model_without_experts_has_its_tokens_all_the_same(trace):
+    none = np.zeros((5, 0, 0), np.float32)
+    dense = Trace(trace.header | {"config": {"num_hidden_layers": 3}}, trace.tokens, (), none, none, none)
+    shown = replay(dense)
+    assert len(shown.strip) == 5 and np.isnan(shown.strip.values("margin")).all()
+    page = shown._repr_mimebundle_()
+    assert page["text/html"].count("<code") == 5 and "image/png" not in page

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import comb
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from workbench import ops
 from workbench.config import Config
 from workbench.errors import RequestError
+from workbench.trace import Trace
 
 LOW = torch.bfloat16
 
@@ -67,15 +69,21 @@ def limit(logits: Mapping[int, Tensor], config: Config) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index="layer")
 
 
+def sets(config: Config) -> int:
+    """How many different sets of experts one layer could send a token to; the limit on groups allows for fewer."""
+    experts, k = config.n_routed_experts, config.num_experts_per_tok
+    if config.topk_method != "group_limited_greedy":
+        return comb(experts, k)
+    each, within = experts // config.n_group, 0
+    for used in range(1, config.topk_group + 1):  # sets with experts of exactly so many groups
+        of_these = sum((-1) ** (used - n) * comb(used, n) * comb(n * each, k) for n in range(1, used + 1))
+        within += comb(config.n_group, used) * of_these
+    return within
+
+
 def limit_by_chance(config: Config) -> float:
     """Share of tokens whose choice the limit on groups would change if router scores were random. Exact."""
-    groups, k = _limited(config).n_group, config.num_experts_per_tok
-    each = config.n_routed_experts // groups
-    within = 0  # sets of k experts that lie in topk_group groups or fewer
-    for used in range(1, config.topk_group + 1):
-        all_used = sum((-1) ** (used - n) * comb(used, n) * comb(n * each, k) for n in range(1, used + 1))
-        within += comb(groups, used) * all_used
-    return 1 - within / comb(config.n_routed_experts, k)
+    return 1 - sets(_limited(config)) / comb(config.n_routed_experts, config.num_experts_per_tok)
 
 
 def cuts(logits: Mapping[int, Tensor], config: Config) -> pd.DataFrame:
@@ -127,6 +135,22 @@ def rounding(inputs: Mapping[int, Tensor], routers: Mapping[int, Tensor], config
     names = next(iter(moved.values()))
     rows["any"] = {name: torch.stack([way[name] for way in moved.values()]).any(0).float().mean() for name in names}
     return pd.DataFrame.from_dict(rows, orient="index").astype(float).rename_axis(index="layer")
+
+
+def dealt(trace: Trace, seed: int = 0) -> Trace:
+    """The same trace with its routing dealt to other tokens of the same sequence: a null for who reads what.
+
+    A token gets experts and gates of another one in all layers, so every expert reads as many tokens as before. Tokens
+    that were never read stay so.
+    """
+    random, order = np.random.default_rng(seed), np.arange(len(trace))
+    read = (trace.experts >= 0).any((1, 2))
+    for number in range(len(trace.header["sequences"])):
+        own = np.flatnonzero(read & (trace.tokens["sequence"] == number).to_numpy())
+        order[own] = random.permutation(own)
+    scores = None if trace.scores is None else trace.scores[order]
+    arrays = (each[order] for each in (trace.experts, trace.gates, trace.margins))
+    return Trace(trace.header, trace.tokens, trace.layers, *arrays, scores)
 
 
 def differ(a: Tensor, b: Tensor) -> Tensor:

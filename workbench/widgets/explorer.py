@@ -1,7 +1,10 @@
 """What opens below a conversation: where each token of a reply went, one token in full, edits, two replies compared."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
+from html import escape
+from pathlib import Path
 from time import monotonic
 
 import ipywidgets
@@ -47,6 +50,12 @@ class Explorer(ipywidgets.VBox):
             tooltip="Another version of the reply: same prompt, same settings, same seed",
         )  # fmt: skip
         self.again.on_click(lambda _: self._try(lambda: self.rerun(self.edits.edits)))
+        self.keep = ipywidgets.Button(
+            description="Save the trace", icon="save", layout={"width": "auto"},
+            tooltip="Everything seen of this reply as a parquet file beside the notebook: wb.Trace.load opens it",
+        )  # fmt: skip
+        self.keep.on_click(lambda _: self._try(self.save))
+        self._kept = ipywidgets.HTML()
         self.compared: SideBySide | None = None
         self._beside = ipywidgets.VBox()
         edits = ipywidgets.VBox([self.edits, self.again])
@@ -56,7 +65,10 @@ class Explorer(ipywidgets.VBox):
             selected_index=0,
         )
         self._sections.add_class("wbc-controls")
-        super().__init__([self.strip, self.scope, self._sections], layout={"display": "none", "max_width": "980px"})
+        below = ipywidgets.HBox([self.keep, self._kept], layout={"align_items": "center"})
+        super().__init__(
+            [self.strip, self.scope, below, self._sections], layout={"display": "none", "max_width": "980px"}
+        )
         self.turn: Turn | None = None
         self._told: dict = {}  # tokens each view knows, with their routing
         self._times, self._last = -1, 0.0
@@ -122,6 +134,17 @@ class Explorer(ipywidgets.VBox):
             old.close()
         return self.compared
 
+    def save(self, path: str | Path | None = None) -> Path:
+        """Writes the trace of the reply looked at; by default beside the notebook, under a name that is not taken."""
+        if self.turn is None or self.turn.trace is None:
+            raise RequestError("there is no complete reply to save: send() something, and wait for its end.")
+        if path is None:
+            numbers = itertools.count(1)
+            path = next(p for n in numbers if not (p := Path(f"trace-{n}.parquet")).exists())
+        self.turn.trace.save(path)
+        self._kept.value = f"<small>saved as <code>{escape(str(path))}</code></small>"
+        return Path(path)
+
     def follow(self, conversation: Conversation) -> None:
         """Listens to another conversation instead, one that was imported."""
         self._unsubscribe()
@@ -147,7 +170,7 @@ class Explorer(ipywidgets.VBox):
 
     def _hear(self, event: Event) -> None:
         if event.kind == "changed":
-            if self.turn not in self.conversation.path:
+            if self.turn not in self.conversation.path and not self.conversation.answering:
                 self.show(self._newest())
         elif event.kind == "started":
             self.show(event.turn)

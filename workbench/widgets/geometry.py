@@ -36,7 +36,7 @@ class Geometry:
         return cls(
             tuple(layers),
             experts,
-            k or facts.get("num_experts_per_tok") or 0,
+            (facts.get("num_experts_per_tok") or 0) if k is None else k,
             facts["n_group"] if grouped else 1,
             facts["topk_group"] if grouped else None,
         )

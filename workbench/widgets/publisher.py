@@ -8,7 +8,7 @@ from time import monotonic
 from workbench.session import Conversation, Event
 from workbench.turns import Record, Tree, Turn
 
-INTERVAL = 1 / 8  # seconds between two messages about steps: with those of the explorer fewer than 20 a second
+INTERVAL = 1 / 7  # seconds between two messages about steps: with those of the explorer fewer than 20 a second
 
 
 class Publisher:

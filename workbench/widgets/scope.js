@@ -26,7 +26,7 @@ class ScopeView extends LiveView {
     field.addEventListener("blur", () => this.drawSoon());
     this.scale = element("i", { className: "wbr-scale" });
     this.most = element("span");
-    this.hint = element("span", { className: "wbr-hint" });
+    this.hint = element("span", { className: "wbr-hint", title: "Shades and bars are square roots, so that small numbers are seen. A group is grey if an expert of it was chosen: it was kept." });
     this.legend = element("div", { className: "wbr-legend wbr-under" }, element("span", {}, "0"), this.scale, this.most, this.hint, this.counts);
     this.range = element("input", { className: "wbr-range", type: "range", min: "0", max: "0", step: "1", "aria-label": "Token" });
     this.range.addEventListener("input", () => this.set({ token: Number(this.range.value) }));
@@ -214,10 +214,10 @@ class ScopeView extends LiveView {
 
   drawWords(mode, top) {
     const { shown, answer: { facts, pieces } } = this;
-    const unit = mode === "token" ? "gate" : this.get("by") === "count" ? "tokens" : "sum of gates";
+    const unit = mode === "token" ? "gate (\u221a)" : this.get("by") === "count" ? "tokens" : "sum of gates";
     this.most.textContent = `${Number.isInteger(top) ? number(top) : short(top)} ${unit}`;
     const { ranked, outlined } = this.grid;
-    const marks = [ranked && "number: rank", facts.kept !== null && "grey: their groups, which were kept", "margin: the last one over the best left out", "bar and shade: square roots"];
+    const marks = [ranked && "number: rank", facts.kept !== null && "grey: kept group", "margin (\u221a): the last chosen over the best left out"];
     this.hint.textContent = mode === "token" ? marks.filter(Boolean).join(" \u00b7 ") : `${outlined ? "outline" : "blank"}: never chosen`;
     this.range.max = String(Math.max(0, pieces.length - 1));
     this.range.value = String(Math.max(0, shown));
