@@ -66,11 +66,13 @@ PACKAGES = (
     Package("triton", "3.5", without="kernels: every op runs its reference body"),
     Package("safetensors", "0.5"),
     Package("tokenizers", "0.21"),
+    Package("pyarrow", "17"),
     Package("jupyterlab", "4.4", "notebooks", "the notebooks"),
     Package("ipykernel", "6.30", "notebooks", "the notebooks"),
     Package("ipywidgets", "8.1.5", "notebooks", "the chat panel"),
     Package("anywidget", "0.9.18", "notebooks", "the chat panel"),
     Package("plotly", "6.0", "notebooks", "plots"),
+    Package("pillow", "11", "notebooks", "the chat panel"),
     Package("huggingface_hub", "0.34", "hub", "models by their hub name; directories work"),
     Package("transformers", "5.23", "test", "the parity tests and `workbench bench cpu`"),
 )

@@ -270,7 +270,7 @@ class _Layer(Probe):
 
 
 def _places(edit: Edit, positions: torch.Tensor) -> torch.Tensor:
-    """What an edit may change, by position: the tokens of a pass, or at a site of keys all keys, which are there anew."""
+    """What an edit may change, by position: the tokens of a pass, or at a site of keys all keys, rebuilt each time."""
     if isinstance(edit, Scale | Add) and "T" not in SITES[edit.site].dims.split():
         return torch.arange(int(positions.max()) + 1).expand(len(positions), -1)
     return positions
