@@ -136,8 +136,10 @@ class Inside(dict):
         chosen = [self.choose(self, layer, position, row) for position, row in enumerate(ranked)]
         width = max(map(len, chosen))
         ids, gates, scores = [], [], []
-        for row, may, picked in zip(probs, allowed, chosen, strict=True):
+        for row, may, order, picked in zip(probs, allowed, ranked, chosen, strict=True):
             weights = [row[e].item() for e in picked]
+            if picked == the_best(self, layer, 0, order):  # its own choice is among the groups kept, or is none
+                weights = [weight if may[e] > 0 else 0.0 for weight, e in zip(weights, picked)]
             best = max([may[e] for e in range(experts) if e not in picked], default=0.0)
             empty = width - len(picked)
             scores.append(weights + [0.0] * empty + [best])

@@ -182,6 +182,17 @@ class Engine:
         return held, kept
 
     def batch(
+        self, prompts: Sequence[Request], sampling: Sampling | Sequence[Sampling] | None = None, slots: int = 8, **options
+    ) -> list[Completion]:
+        """Answers to many prompts of any length, `slots` at a time; a slot is refilled when its answer ends.
+
+        With the same seed every answer is the one that `stream` gives, edits included. One bad prompt is refused before
+        anything runs. Takes edits, watch and scores, as `stream` does.
+        """
+        done = dict(self.answers(prompts, sampling, slots, **options))
+        return [done[number] for number in range(len(prompts))]
+
+    def answers(
         self,
         prompts: Sequence[Request],
         sampling: Sampling | Sequence[Sampling] | None = None,
@@ -190,56 +201,54 @@ class Engine:
         edits: Sequence[Edit] = (),
         watch: Sequence[str] = (),
         scores: bool = False,
-    ) -> list[Completion]:
-        """Answers to many prompts of any length, `slots` at a time; a slot is refilled when its answer ends.
-
-        With the same seed every answer is the one that `stream` gives, edits included. One bad prompt is refused before
-        anything runs.
-        """
+    ) -> Iterator[tuple[int, Completion]]:
+        """What `batch` returns, each with the number of its prompt as soon as it has ended: none is kept here."""
         if slots < 1:
             raise RequestError(f"slots must be at least 1; got {slots}.")
         each = list(sampling) if isinstance(sampling, Sequence) else [sampling or Sampling()] * len(prompts)
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(each)} samplings: give one, or one for each.")
-        replies = []
+        waiting = []
         for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
             try:
-                replies.append(self._reply(self.prompt(prompt), prompt, one))
+                waiting.append((number, self._reply(self.prompt(prompt), prompt, one)))
             except RequestError as error:
                 raise RequestError(f"prompt {number}: {error}") from error
+        waiting.reverse()
         watching = Watch(self.model, self.name, edits, watch, scores)
-        watched = [watching.of(reply, self.tokenizer.piece) for reply in replies]
-        steps: list[list[Step]] = [[] for _ in replies]
-        cache = self.new_cache(batch=min(slots, len(replies)))
-        waiting = list(range(len(replies)))[::-1]
-        running: dict[int, int] = {}  # slot -> reply
+        cache = self.new_cache(batch=min(slots, len(waiting)))
+        running: dict[int, tuple[int, Watched, list[Step]]] = {}  # slot -> number of the prompt, and its answer so far
         while waiting or running:
             for slot in range(cache.batch):
                 while slot not in running and waiting:
-                    number = waiting.pop()
-                    if self._begin(watched[number], steps[number], cache.only(slot)):
-                        running[slot] = number
+                    number, reply = waiting.pop()
+                    watched = watching.of(reply, self.tokenizer.piece)
+                    steps = [self._begin(watched, cache.only(slot))]
+                    if steps[0].finish:
+                        yield number, _completion(steps, watched)
+                    else:
+                        running[slot] = number, watched, steps
             if not running:
                 continue
             started = perf_counter()
-            inputs = [[replies[number].tokens[-1]] for number in running.values()]
-            probe = watching.probe([watched[number] for number in running.values()])
-            logits = self._forward(inputs, cache.only(*running), probe)
-            for row, (slot, number) in zip(logits, list(running.items()), strict=True):
-                steps[number].append(replies[number].next(row, started, cache.nbytes))
-                if steps[number][-1].finish:
+            batch = [watched for _, watched, _ in running.values()]
+            inputs = [[watched.reply.tokens[-1]] for watched in batch]
+            logits = self._forward(inputs, cache.only(*running), watching.probe(batch))
+            for row, (slot, (number, watched, steps)) in zip(logits, list(running.items()), strict=True):
+                steps.append(watched.reply.next(row, started, cache.nbytes))
+                if steps[-1].finish:
                     cache.truncate(0, slot)
                     del running[slot]
+                    yield number, _completion(steps, watched)
         watching.check()
-        return [_completion(taken, one) for one, taken in zip(watched, steps, strict=True)]
 
-    def _begin(self, watched: Watched, steps: list[Step], cache: LatentCache) -> bool:
-        """Reads one prompt into a slot and takes its first token; False if that was also its last."""
+    def _begin(self, watched: Watched, cache: LatentCache) -> Step:
+        """Reads one prompt into a slot and takes its first token; the slot is empty again if that was also its last."""
         logits = self._prefill(watched, 0, cache, stop=threading.Event())
-        steps.append(watched.reply.next(logits[0], perf_counter(), cache.nbytes))
-        if steps[-1].finish:
+        step = watched.reply.next(logits[0], perf_counter(), cache.nbytes)
+        if step.finish:
             cache.truncate(0)
-        return not steps[-1].finish
+        return step
 
     def generate(self, prompt: Request, sampling: Sampling | None = None, **options) -> Completion:
         """`stream` to its end; takes the same options."""
@@ -254,15 +263,15 @@ class Engine:
                 return None
             started = perf_counter()
             chunk = reply.tokens[at : at + CHUNK]
-            logits = self._forward([chunk], cache, watched.watch.probe([watched]))
+            logits = self._forward([chunk], cache, watched.watch.probe([watched]), *watched.watch.wanted)
             reply.stats.prefilled_tokens += len(chunk)
             reply.stats.prefill_seconds += perf_counter() - started
         return logits
 
     @torch.inference_mode()
-    def _forward(self, tokens: list[list[int]], cache: LatentCache, probe: Probe) -> torch.Tensor:
-        """fp32 logits [B, vocab] after the last token of each row."""
-        return self.model(torch.tensor(tokens), cache, probe, logits="last")[:, -1]
+    def _forward(self, tokens: list[list[int]], cache: LatentCache, probe: Probe, logits: str = "last") -> torch.Tensor:
+        """fp32 logits [B, vocab] after the last token of each row; "all" where a probe wants those of every token."""
+        return self.model(torch.tensor(tokens), cache, probe, logits=logits)[:, -1]
 
 
 def _completion(steps: list[Step], watched: Watched) -> Completion:

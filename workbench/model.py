@@ -4,6 +4,8 @@ B batch, T new tokens, S tokens so far, D hidden, H heads, Q query latent, C lat
 head, R rotary width, V value width, W = C + R the cached row, E experts, K chosen, I expert width.
 """
 
+from functools import reduce
+from operator import add
 from typing import Protocol
 
 import torch
@@ -197,13 +199,13 @@ class Mixture(nn.Module):
         shape = x.shape[:-1]
         ids, gates = self.choose(x, probe)
         flat, ids, gates = x.flatten(0, -2), ids.flatten(0, -2), gates.flatten(0, -2)
+        waves = self.store.waves(self.layer, ids)
         if probe.opens("experts"):
-            outputs = sum(ops.expert_outputs(flat, slots, *bank) for bank, slots in self.store.waves(self.layer, ids))
-            routed = ops.weigh_outputs(
-                probe("moe.expert_out", outputs.view(*shape, *outputs.shape[1:])).flatten(0, -3), gates
-            )
+            outputs = reduce(add, (ops.expert_outputs(flat, slots, *bank) for bank, slots in waves))
+            outputs = probe("moe.expert_out", outputs.view(*shape, *outputs.shape[1:]))
+            routed = ops.weigh_outputs(outputs.flatten(0, -3), gates)
         else:
-            routed = sum(ops.experts(flat, slots, gates, *bank) for bank, slots in self.store.waves(self.layer, ids))
+            routed = reduce(add, (ops.experts(flat, slots, gates, *bank) for bank, slots in waves))
         routed = probe("moe.routed_out", routed.view(*shape, -1))
         return routed if self.shared is None else routed + probe("moe.shared_out", self.shared(x))
 

@@ -44,11 +44,16 @@ class Watch:
         """Whether more is recorded than routing, so that every token must pass."""
         return bool(self.sites or self.scores)
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Further arguments of a pass over a prompt: the logits of every token, if these are watched."""
+        return ("all",) if {"final.norm", "logits"} & set(self.sites) else ()
+
     def of(self, reply: Reply, piece, log: RoutingLog | None = None) -> "Watched":
         """The part of one reply. `log` is the routing of tokens that are in the cache already."""
         recorder = Recorder(*self.sites) if self.sites else None
         scores = Recorder("moe.router_probs") if self.scores else None
-        self._recorders += [each for each in (recorder, scores) if each]
+        self._recorders += [recorder] if recorder else []  # scores fire in every pass: nothing to check, or to hold
         return Watched(self, reply, piece, log or self.ring.log(), recorder, scores)
 
     def probe(self, watched: Sequence["Watched"]) -> Probe:

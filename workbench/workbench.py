@@ -1,7 +1,7 @@
 """The Workbench: a model, its tokenizer and its engine, opened from one name."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -63,21 +63,24 @@ class Workbench:
         *,
         labels: Sequence[str] | None = None,
         slots: int = 8,
+        progress: Callable[[Trace], None] = lambda trace: None,
         **options,
     ) -> Trace:
         """Answers to many prompts as one Trace, a sequence each; `labels` say what each is (a language, a subject).
 
-        Takes the options of Engine.batch: edits, scores.
+        Takes the options of Engine.batch: edits, scores. `progress` is called with each answer's own Trace as it ends.
         """
         if labels is not None and len(labels) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(labels)} labels: give one label for each.")
-        traces = [answer.trace for answer in self.engine.batch(prompts, sampling, slots, **options)]
-        for number, trace in enumerate(traces):
-            about = trace.header["sequences"][0]
-            about["prompt"] = prompts[number] if isinstance(prompts[number], str) else ""
+        traces = {}
+        for number, answer in self.engine.answers(prompts, sampling, slots, **options):
+            trace = traces[number] = answer.trace
+            about, prompt = trace.header["sequences"][0], prompts[number]
+            about["prompt"] = _asked(prompt)
             if labels is not None:
                 about["label"] = str(labels[number])
-        return Trace.join(traces)
+            progress(trace)
+        return Trace.join(traces[number] for number in range(len(prompts)))
 
     def new_cache(self, batch: int = 1, format: str | None = None) -> LatentCache:
         return self.engine.new_cache(batch, format)
@@ -113,6 +116,13 @@ def load(name: str = "pocket", *, device: str = "auto", dtype: str = "auto", cac
     cache = {torch.float32: "fp32", torch.bfloat16: "bf16"}[kind] if cache == "auto" else cache_format(cache).name
     tokenizer = Tokenizer(path)  # before the weights, which take longer
     return Workbench(open_model(path, device=where, dtype=kind), tokenizer, path, str(name), cache)
+
+
+def _asked(prompt: str | list[dict] | list[int]) -> str:
+    """What a prompt asks, as text; nothing of token ids."""
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[-1]["content"] if isinstance(prompt[0], dict) else ""
 
 
 def _device(name: str) -> torch.device:

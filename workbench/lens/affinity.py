@@ -8,7 +8,7 @@ N tokens, S sequences, U units that are shuffled, C labels, L recorded layers, K
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -60,11 +60,14 @@ class Specialisation:
                  most, least          the labels where that is highest and lowest; difference: of these two
                  h                    Cohen's effect size of it, 2 asin sqrt(a) - 2 asin sqrt(b): 0.2 is small, 0.5
                                       medium, 0.8 large (Cohen 1988)
+                 h_low, h_high        95 % bootstrap interval of h between these two labels. That they are the extremes
+                                      of several makes h a little too large, and the interval does not know it
                  p, q                 as above, for h. p is never below 1 / (rounds + 1), so where few of many experts
                                       differ, q below 0.05 takes more rounds
     labels     sequences of each label
     most_bits  what an expert that knew the label would say: the entropy of the label
     least_p    the smallest p that so many sequences and rounds could give
+    shuffles   [rounds] bits for shuffled labels, mean over layers: the null itself, to be drawn
     """
 
     layers: pd.DataFrame
@@ -76,6 +79,7 @@ class Specialisation:
     rounds: int
     most_bits: float
     least_p: float
+    shuffles: np.ndarray = field(repr=False)
 
     @property
     def found(self) -> bool:
@@ -167,19 +171,24 @@ def specialisation(
         null.append(some_bits)
         reached += (_spread(some_rates) >= h - 1e-9).sum(0)
     null = np.concatenate(null)
-    boot = np.concatenate([some_bits for some_bits, _ in _rounds(draw, rounds, units)])
+    extremes, boot, boot_h = (rates.argmax(0), rates.argmin(0)), [], []
+    for some_bits, some_rates in _rounds(draw, rounds, units):
+        boot.append(some_bits)
+        boot_h.append(_between(some_rates, *extremes))
+    boot, boot_h = np.concatenate(boot), np.concatenate(boot_h)
     layers = pd.DataFrame(_beside(bits, null, boot), index=pd.Index(trace.layers, name="layer"))
     share = hot @ units.observed.sum((1, 2)) / units.observed.sum()
     return Specialisation(
         layers=layers.assign(q=adjusted(layers["p"])),
         overall=pd.DataFrame(_beside(*(x.mean(-1, keepdims=True) for x in (bits, null, boot)))).loc[0],
-        experts=_table(read.names, trace.layers, rates, h, (1 + reached) / (1 + rounds)),
+        experts=_table(read.names, trace.layers, rates, h, boot_h, (1 + reached) / (1 + rounds)),
         labels=dict(zip(read.names, sizes.tolist())),
         unit=unit,
         control=control,
         rounds=rounds,
         most_bits=float(-(share * np.log2(share)).sum()),
         least_p=max(_rarest(hot.sum(1).astype(int).tolist()), 1 / (1 + rounds)),
+        shuffles=null.mean(1),
     )
 
 
@@ -226,6 +235,12 @@ def _spread(rates: np.ndarray) -> np.ndarray:
     return angles.max(-3) - angles.min(-3)
 
 
+def _between(rates: np.ndarray, most: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """Cohen's h of rates [R, C, L, E] between labels most and least [L, E]: [R, L, E]."""
+    a, b = (np.take_along_axis(rates, label[None, None], 1)[:, 0] for label in (most, least))
+    return 2 * (np.arcsin(np.sqrt(a)) - np.arcsin(np.sqrt(b)))
+
+
 def _beside(bits: np.ndarray, null: np.ndarray, boot: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of Specialisation.layers, from bits [L], null [R, L] and boot [R, L]."""
     mean, sd = null.mean(0), null.std(0, ddof=1)
@@ -244,13 +259,22 @@ def _beside(bits: np.ndarray, null: np.ndarray, boot: np.ndarray) -> dict[str, n
     }
 
 
-def _table(names: list[str], layers: tuple[int, ...], rates: np.ndarray, h: np.ndarray, p: np.ndarray) -> pd.DataFrame:
+def _table(
+    names: list[str],
+    layers: tuple[int, ...],
+    rates: np.ndarray,
+    h: np.ndarray,
+    boot: np.ndarray,
+    p: np.ndarray,
+) -> pd.DataFrame:
     count = rates.shape[2]
     flat = rates.reshape(len(names), -1)
     table = pd.DataFrame({"layer": np.repeat(layers, count), "expert": np.tile(np.arange(count), len(layers))})
     table[[f"in {name}" for name in names]] = flat.T
     table["most"], table["least"] = np.array(names)[flat.argmax(0)], np.array(names)[flat.argmin(0)]
-    return table.assign(difference=flat.max(0) - flat.min(0), h=h.ravel(), p=p.ravel(), q=adjusted(p).ravel())
+    low, high = (part.ravel() for part in np.quantile(boot, [0.025, 0.975], 0))
+    table = table.assign(difference=flat.max(0) - flat.min(0), h=h.ravel(), h_low=low, h_high=high)
+    return table.assign(p=p.ravel(), q=adjusted(p).ravel())
 
 
 def _rarest(sizes: list[int]) -> float:

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from workbench.errors import RequestError
 
@@ -39,6 +40,50 @@ def higher(observed: float, null: Sequence[float]) -> Comparison:
     """For the claim that `observed` is higher than under the null; else as `lower`."""
     found = lower(-observed, [-value for value in null])
     return found._replace(observed=observed, null_mean=-found.null_mean)
+
+
+def correlation(x: Sequence[float], y: Sequence[float], rounds: int = 999, seed: int = 0) -> Comparison:
+    """For the claim that x and y rise together: their rank correlation (Spearman), beside that of y shuffled.
+
+    1 is the same order, -1 the reverse. RequestError unless they are as many, three or more, and neither is constant.
+    """
+    if len(x) != len(y) or len(x) < 3:
+        raise RequestError(f"x and y must be as many, three or more; got {len(x)} and {len(y)}.")
+    a, b = (pd.Series(values).rank().to_numpy() for values in (x, y))
+    a, b = a - a.mean(), b - b.mean()
+    size = np.sqrt((a * a).sum() * (b * b).sum())
+    if not size > 0:
+        raise RequestError("one of the two is constant: there is no order to compare.")
+    random = np.random.default_rng(seed)
+    return higher(float(a @ b / size), [float(a @ random.permutation(b) / size) for _ in range(rounds)])
+
+
+def alike(
+    weights: Sequence[float], chosen: Sequence[int], rounds: int, seed: int = 0, within: float = 0.1, most: int = 8
+) -> list[tuple[int, ...]]:
+    """`rounds` random sets of at most `most` items that weigh as much as the `chosen` do, and hold none of them.
+
+    What random experts of equal load are, for what was done to a few experts. A set is drawn item by item until its
+    weight is within that share of the wanted one; a draw that cannot get there is thrown away. RequestError where such
+    sets are hard to find.
+    """
+    weights = np.asarray(weights, float)
+    wanted, free = weights[list(chosen)].sum(), np.setdiff1d(np.arange(len(weights)), list(chosen))
+    random, found = np.random.default_rng(seed), []
+    for _ in range(1000 * rounds):
+        taken, total = [], 0.0
+        for item in random.permutation(free).tolist():
+            if total + weights[item] <= (1 + within) * wanted and len(taken) < most:
+                taken.append(item)
+                total += weights[item]
+            if total >= (1 - within) * wanted:
+                found.append(tuple(taken))
+                break
+        if len(found) == rounds:
+            return found
+    raise RequestError(
+        f"hardly any {most} others weigh as much as these ({wanted:.3g}): choose fewer, or allow more with most= or within=."
+    )
 
 
 def adjusted(p: np.ndarray) -> np.ndarray:
