@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 # imports go down or stay level, never up and never round
 FLOORS = {
-    9: ["__main__", "doctor", "lab", "terminal"],
+    9: ["__main__", "doctor", "lab", "terminal", "recording", "replaying"],
     8: ["widgets", "exercises"],
     7: ["workbench", "session", "turns", "worker", "evals", "train", "benchmarks"],
     6: ["engine", "watching"],
@@ -52,6 +52,7 @@ PUBLIC = [
     "BudgetError",
     "CheckpointError",
     "Config",
+    "Editing",
     "Force",
     "LatentCache",
     "Probe",

@@ -222,3 +222,20 @@ def test_a_trace_with_edits_and_unread_tokens():
     trace = random_trace(lengths=(30, 25, 40, 20), k=3)
     found = specialisation(trace, ["a", "b", "a", "b"], rounds=20, phase="decode")
     assert list(found.layers.index) == [1, 2, 4] and not found.layers.isna().any().any()
+
+
+def test_the_null_can_be_drawn():
+    found = specialisation(texts(9, THREE, effect=0.3), rounds=60)
+    assert found.shuffles.shape == (60,) and found.shuffles.mean() == pytest.approx(found.overall["null"])
+    assert np.mean(found.shuffles >= found.overall["observed"]) < 0.05
+
+
+def test_the_interval_of_h_is_that_of_the_two_labels():
+    """Over many traces it holds the h that was put there, for an expert that was not picked for its h."""
+    table = specialisation(texts(10, THREE, effect=0.7)).experts
+    assert ((table["h_low"] < table["h"]) & (table["h"] < table["h_high"])).mean() > 0.95
+    labels = ["a", "b"] * 10
+    found = [specialisation(texts(seed, labels, effect=0.0), rounds=99).experts for seed in range(30)]
+    # h of two labels that do not differ: 0 is outside as seldom as such an interval is wrong
+    outside = np.mean([(each["h_low"] > 0).mean() for each in found])
+    assert outside < 0.12

@@ -76,6 +76,16 @@ def test_keys_that_were_not_there_yet_are_no_numbers(bench, tokens):
     assert torch.allclose(recorder["attn.pattern", 1].sum(-1), torch.ones(()))
 
 
+def test_keys_that_a_shorter_row_does_not_have_are_no_numbers(bench, tokens):
+    recorder, store = Recorder("attn.scores", "attn.pattern", "attn.v", layers=[1]), new_cache(bench, batch=2)
+    bench(tokens[:, :6], store.only(1))
+    bench(tokens[:, :4].view(2, 2), store, recorder)
+    scores, pattern, values = (recorder[site, 1] for site in recorder.sites)
+    assert scores[0, ..., 2:].isnan().all() and scores[0, ..., :2].isfinite().all() and scores[1].isfinite().all()
+    assert values[0, 2:].isnan().all() and values[1].isfinite().all()
+    assert torch.allclose(pattern.sum(-1), torch.ones(()))
+
+
 def test_too_much_is_refused_before_the_pass_and_says_how_to_narrow(bench, tokens):
     store = new_cache(bench)
     bench(tokens[:, :2], store)

@@ -17,6 +17,7 @@ _HOME = {
     "BudgetError": "workbench.errors:BudgetError",
     "CheckpointError": "workbench.errors:CheckpointError",
     "Config": "workbench.config:Config",
+    "Editing": "workbench.editing:Editing",
     "Force": "workbench.edits:Force",
     "LatentCache": "workbench.cache:LatentCache",
     "Probe": "workbench.probe:Probe",

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 from workbench import __version__
-from workbench.errors import WorkbenchError
+from workbench.errors import RequestError, WorkbenchError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 where the doctor found something broken, or 2 where what was asked cannot be done."""
     parser = _parser()
     options, extra = parser.parse_known_args(arguments)
-    if extra and options.command != "lab":
+    if extra and options.command not in ("lab", "replay"):
         parser.error(f"unrecognised arguments: {' '.join(extra)}")
     options.extra = extra
     try:
@@ -38,10 +38,35 @@ def _parser() -> argparse.ArgumentParser:
     _model(chat)
     chat.add_argument("--prompt", help="ask this, print the answer and end")
     chat.add_argument("--system", default="", help="what the model is told first")
-    for name, kind in (("temperature", float), ("top-p", float), ("max-tokens", int), ("seed", int)):
-        chat.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    _sampling(chat)
     chat.add_argument("--json", action="store_true", help="with --prompt: text, tokens and timings as JSON")
     chat.set_defaults(run=_chat)
+
+    trace = commands.add_parser("trace", help="record the answers to a file of prompts as one trace")
+    trace.add_argument("prompts", type=Path, help='one a line; or .jsonl of {"prompt"} or {"messages"}, and "label"')
+    trace.add_argument("--out", type=Path, required=True, help="where the trace goes, a parquet file")
+    _model(trace)
+    _sampling(trace)
+    how = trace.add_mutually_exclusive_group()
+    how.add_argument("--chat", action="store_true", default=True, help="a prompt is a user's message (the default)")
+    how.add_argument(
+        "--raw", action="store_false", dest="chat", help="a prompt is a text, to be continued as it stands"
+    )
+    trace.add_argument("--label", help="what the prompts are, such as a language; goes into the trace")
+    trace.add_argument("--edit", action="append", default=[], metavar="JSON", help="repeatable; see workbench/edits.py")
+    trace.add_argument("--scores", action="store_true", help="also every router probability")
+    trace.add_argument("--slots", type=int, default=8, help="prompts answered at the same time")
+    trace.add_argument("--force", action="store_true", help="replace --out")
+    trace.add_argument("--json", action="store_true")
+    trace.set_defaults(run=_trace)
+
+    replay = commands.add_parser(
+        "replay", help="open a saved trace, or two side by side; further arguments go to JupyterLab"
+    )
+    replay.add_argument("traces", type=Path, nargs="+", metavar="FILE", help="saved by `workbench trace` or trace.save")
+    replay.add_argument("--folder", type=Path, default=Path("workbench-replays"), help="where the notebook goes")
+    replay.add_argument("--text", action="store_true", help="only print what is in it")
+    replay.set_defaults(run=_replay)
 
     doctor = commands.add_parser("doctor", help="what this machine has, what is missing, what will run fast")
     doctor.add_argument("--json", action="store_true")
@@ -63,13 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(run=_eval)
 
-    bench = commands.add_parser("bench", help="measure this machine against transformers")
-    bench.add_argument("what", choices=["cpu"])
+    bench = commands.add_parser(
+        "bench", help="measure this machine: against transformers, or what looking inside costs"
+    )
+    bench.add_argument("what", choices=["cpu", "probes"])
     bench.add_argument("--checkpoint", type=Path, help="a directory in the Hugging Face layout; pocket if not given")
     bench.add_argument("--shape", choices=["28m", "200m"], help="random weights of about this size instead")
     bench.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    bench.add_argument("--threads", type=int, help="for both sides; all cores if not given")
-    bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--threads", type=int, help="all cores if not given")
+    bench.add_argument("--rounds", type=int, default=argparse.SUPPRESS, help="more settle what noise leaves open")
+    bench.add_argument("--context", type=int, default=argparse.SUPPRESS, help="of probes: tokens in the cache")
     bench.add_argument("--save", action="store_true", help="keep the result in kernels/results/")
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(run=_bench)
@@ -80,6 +108,19 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="pocket", help='"pocket", a checkpoint directory or a hub id')
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+
+
+SAMPLING = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    for name, kind in SAMPLING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS)
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict:
+    """What was said, so that what was not has the default of the function that is called."""
+    return {name: getattr(options, name) for name in names if name in options}
 
 
 def _load(options: argparse.Namespace):
@@ -93,17 +134,16 @@ def _write(text: str) -> None:
 
 
 def _lab(options: argparse.Namespace) -> int:
-    from workbench.lab import serve
+    from workbench.lab import notebooks, serve
 
-    return serve(options.folder, options.extra)
+    return serve(notebooks(options.folder), options.extra)
 
 
 def _chat(options: argparse.Namespace) -> int:
     from workbench.sampling import Sampling
     from workbench.terminal import Terminal, once
 
-    given = {name: getattr(options, name) for name in ("temperature", "top_p", "max_tokens", "seed") if name in options}
-    sampling = Sampling(**given)
+    sampling = Sampling(**_given(options, *SAMPLING))
     bench = _load(options)
     if options.prompt is None:
         Terminal(bench, sampling, options.system, write=_write).run()
@@ -111,6 +151,34 @@ def _chat(options: argparse.Namespace) -> int:
     answer = once(bench, options.prompt, sampling, options.system, (lambda text: None) if options.json else _write)
     print(json.dumps(answer, ensure_ascii=False) if options.json else "")
     return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from workbench.recording import Progress, check_target, read_edits, read_prompts, record
+    from workbench.sampling import Sampling
+
+    sampling, edits = Sampling(**_given(options, *SAMPLING)), read_edits(options.edit)
+    asked = read_prompts(options.prompts, options.chat, options.label)
+    check_target(options.out, options.prompts, options.force)
+    progress = Progress(len(asked), sys.stderr.write, sys.stderr.isatty())
+    summary = record(
+        _load(options), options.prompts, asked, options.out, sampling,
+        edits=edits, scores=options.scores, slots=options.slots, progress=progress,
+    )  # fmt: skip
+    print(json.dumps(summary.to_dict()) if options.json else summary)
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from workbench.lab import serve
+    from workbench.replaying import as_text, open_traces, write_notebook
+
+    traces = open_traces(options.traces)
+    if options.text:
+        print(as_text(traces, options.traces))
+        return 0
+    notebook = write_notebook(options.folder, options.traces, traces)
+    return serve(notebook.parent, options.extra, notebook.name)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -125,8 +193,7 @@ def _train(options: argparse.Namespace) -> int:
     from workbench.train.loop import Progress, Recipe
     from workbench.train.pocket import train_pocket
 
-    given = {name: getattr(options, name) for name in ("steps", "rate") if name in options}
-    recipe = Recipe(**given)
+    recipe = Recipe(**_given(options, "steps", "rate"))
 
     def report(progress: Progress) -> None:
         if (progress.step + 1) % 25 == 0 or progress.step + 1 == recipe.steps:
@@ -156,10 +223,17 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from workbench.benchmarks import cpu
+    from workbench.benchmarks import cpu, probes
 
-    result = cpu.measure(
-        options.checkpoint, shape=options.shape, dtype=options.dtype, threads=options.threads, rounds=options.rounds
+    measure = {"cpu": cpu.measure, "probes": probes.measure}[options.what]
+    if "context" in options and options.what != "probes":
+        raise RequestError("--context is of `workbench bench probes`; cpu measures contexts of its own.")
+    result = measure(
+        options.checkpoint,
+        shape=options.shape,
+        dtype=options.dtype,
+        threads=options.threads,
+        **_given(options, "rounds", "context"),
     )
     print(json.dumps(result.to_dict(), indent=2) if options.json else result)
     if options.save:

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 from workbench.errors import RequestError
 
@@ -29,11 +30,11 @@ def notebooks(target: Path) -> Path:
     return target.resolve()
 
 
-def command(folder: Path, extra: list[str]) -> list[str]:
-    """The command line that serves the folder above `folder` and opens the first notebook."""
+def command(folder: Path, extra: list[str], notebook: str = FIRST) -> list[str]:
+    """The command line that serves the folder above `folder` and opens a notebook in it."""
     options = [
         f"--ServerApp.root_dir={folder.parent}",
-        f"--LabApp.default_url=/lab/tree/{folder.name}/{FIRST}",
+        f"--LabApp.default_url=/lab/tree/{quote(f'{folder.name}/{notebook}')}",
         # the three things JupyterLab would otherwise ask the network for
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
@@ -50,11 +51,11 @@ def environment() -> dict[str, str]:
     return os.environ | {"JUPYTER_CONFIG_PATH": os.pathsep.join(paths)}
 
 
-def serve(target: Path, extra: list[str]) -> int:
-    """Runs until JupyterLab ends; its exit status."""
+def serve(folder: Path, extra: list[str], notebook: str = FIRST) -> int:
+    """Opens a notebook of `folder`. Runs until JupyterLab ends; its exit status."""
     if find_spec("jupyterlab") is None:
         raise RequestError("JupyterLab is not installed; make setup, or pip install -e '.[notebooks]'")
     try:
-        return subprocess.run(command(notebooks(target), extra), env=environment()).returncode
+        return subprocess.run(command(folder.resolve(), extra, notebook), env=environment()).returncode
     except KeyboardInterrupt:  # JupyterLab had it too, and has said goodbye
         return 0

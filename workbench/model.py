@@ -130,7 +130,7 @@ class Attention(nn.Module):
         return ops.attend(torch.cat([content, position], -1), key, value, self.scale)
 
     def rebuilt(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What rows [B, S, W] stand for: keys [B, S, H, N], the rotary key they share [B, S, R], values [B, S, H, V]."""
+        """What rows [B, S, W] stand for: keys [B, S, H, N], the rotary key all share [B, S, R], values [B, S, H, V]."""
         latent, k_rope = rows.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
         both = ops.linear(latent, self.kv_up).unflatten(-1, (self.config.num_attention_heads, -1))
         key, value = both.split([self.config.qk_nope_head_dim, self.config.v_head_dim], -1)

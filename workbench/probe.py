@@ -197,6 +197,20 @@ def known(sites: Iterable[str]) -> tuple[str, ...]:
     return sites
 
 
+def check_fires(sites: Iterable[str], layers: frozenset[int] | None, config: Config) -> None:
+    """RequestError for a layer that the model does not have, and for a site that none of these layers has."""
+    last = config.num_hidden_layers - 1
+    if layers is not None and not layers <= set(range(last + 1)):
+        raise RequestError(f"layers go from 0 to {last} in this model; asked for {sorted(layers)}.")
+    for site in sites:
+        there = layers_with(site, config)
+        if not there:
+            raise RequestError(f"{site} never fires in this model: {SITES[site].doc}.")
+        if there != [None] and layers is not None and not layers & set(there):
+            span = f"layers {there[0]} to {there[-1]}" if len(there) > 1 else f"layer {there[0]}"
+            raise RequestError(f"{site} never fires in layers {sorted(layers)}; it is in {span}.")
+
+
 def sizes(config: Config, batch: int, new: int, length: int) -> dict[str, int]:
     """What the letters of `Site.dims` stand for in one pass."""
     groups = config.n_group if config.topk_method == "group_limited_greedy" else 1

@@ -7,7 +7,7 @@ import torch
 
 from workbench.config import Config
 from workbench.errors import BudgetError, RequestError
-from workbench.probe import INSIDE, OFF, SITES, Probe, known, layers_with, sizes
+from workbench.probe import INSIDE, OFF, SITES, Probe, check_fires, known, layers_with, sizes
 
 LIMIT = 2**30  # bytes
 
@@ -18,10 +18,11 @@ class Recorder(Probe):
     layers     only these; positions: only tokens at these places in their sequence (a range, or any whole numbers)
     limit      bytes. A pass that would need more is refused before it begins, with BudgetError.
 
-    Several passes (chunks of a prompt, then tokens one by one) are joined along the tokens. In [B, H, T, S] a pass knows
-    only the keys that were there: later ones are NaN, and 0 in attn.pattern. A site that the model does not have, or not
-    in these layers, is a RequestError when a pass begins; one that nothing passed, when it is asked for. Where a pass
-    computes its last logits only, as those of the engine do, final.norm and logits have no other tokens.
+    Several passes (chunks of a prompt, then tokens one by one) are joined along the tokens. In [B, H, T, S] a pass
+    knows only the keys that were there: later ones, and those that a shorter row of a batch does not have, are NaN, and
+    0 in attn.pattern. A site that the model does not have, or not in these layers, is a RequestError when a pass
+    begins; one that nothing passed, when it is asked for. Where a pass computes its last logits only (logits="last"),
+    final.norm and logits have no other tokens.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Recorder(Probe):
         self._pieces: dict[tuple[str, int | None], list[torch.Tensor]] = {}
 
     def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
-        self._check(config)
+        check_fires(self.sites, self.layers, config)
         where = self._where(positions)
         if where is not None and not where.numel():
             return OFF
@@ -52,7 +53,7 @@ class Recorder(Probe):
                 f"{f' on top of {_size(self.nbytes)}' if self.nbytes else ''}; the limit is {_size(self.limit)}. Watch "
                 "fewer sites, narrow with layers= or positions=, use a shorter text, or raise limit=."
             )
-        return _Pass(self, where, positions.shape[1], length)
+        return _Pass(self, where, positions)
 
     def __getitem__(self, key: tuple[str, int | None]) -> torch.Tensor:
         pieces = self._pieces.get(key)
@@ -89,17 +90,6 @@ class Recorder(Probe):
         self._pieces.clear()
         self.nbytes = 0
 
-    def _check(self, config: Config) -> None:
-        last = config.num_hidden_layers - 1
-        if self.layers is not None and not self.layers <= set(range(last + 1)):
-            raise RequestError(f"layers go from 0 to {last} in this model; asked for {sorted(self.layers)}.")
-        for site in self.sites:
-            there = layers_with(site, config)
-            if not there:
-                raise RequestError(f"{site} never fires in this model: {SITES[site].doc}.")
-            if there != [None] and self.layers is not None and not self.layers & set(there):
-                raise RequestError(f"{site} never fires in layers {sorted(self.layers)}; it is in {_span(there)}.")
-
     def _where(self, positions: torch.Tensor) -> torch.Tensor | None:
         if self.positions is None:
             return None
@@ -128,8 +118,11 @@ class Recorder(Probe):
 class _Pass(Probe):
     """One pass. What it saw is handed over when it is complete, so that a failed one leaves nothing."""
 
-    def __init__(self, recorder: Recorder, where: torch.Tensor | None, new: int, length: int):
-        self.recorder, self.where, self.new, self.length = recorder, where, new, length
+    def __init__(self, recorder: Recorder, where: torch.Tensor | None, positions: torch.Tensor):
+        self.recorder, self.where, self.new = recorder, where, positions.shape[1]
+        last = positions[:, -1]
+        self.length = int(last.max()) + 1
+        self.absent = torch.arange(self.length) > last[:, None] if last.unique().numel() > 1 else None  # [B, S]
         self.seen: dict[tuple[str, int | None], torch.Tensor] = {}
 
     def at(self, layer: int) -> Probe:
@@ -144,7 +137,11 @@ class _Pass(Probe):
     def keep(self, site: str, layer: int | None, x: torch.Tensor) -> None:
         dims = SITES[site].dims.split()
         if "S" in dims:
-            x = x.narrow(dims.index("S"), 0, self.length)  # a batch is padded to its longest sequence
+            axis = dims.index("S")
+            x = x.narrow(axis, 0, self.length)  # a batch is padded to its longest sequence
+            if self.absent is not None:
+                absent = self.absent.view([n if d in (0, axis) else 1 for d, n in enumerate(x.shape)])
+                x = x.masked_fill(absent.to(x.device), _absent(site))
         if self.where is not None and "T" in dims:
             axis = dims.index("T")
             left_out = self.new - x.shape[axis]  # by a pass that computes its last logits only
@@ -176,14 +173,13 @@ class _Layer(Probe):
 def _joined(site: str, pieces: list[torch.Tensor]) -> torch.Tensor:
     dims = SITES[site].dims.split()
     if "S" in dims:
-        length, fill = max(piece.shape[-1] for piece in pieces), 0.0 if site == "attn.pattern" else math.nan
-        pad = torch.nn.functional.pad
-        pieces = [pad(piece, (0, length - piece.shape[-1]), value=fill) for piece in pieces]
+        length, pad = max(piece.shape[-1] for piece in pieces), torch.nn.functional.pad
+        pieces = [pad(piece, (0, length - piece.shape[-1]), value=_absent(site)) for piece in pieces]
     return torch.cat(pieces, dims.index("T"))
 
 
-def _span(layers: list[int]) -> str:
-    return f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+def _absent(site: str) -> float:
+    return 0.0 if site == "attn.pattern" else math.nan
 
 
 def _size(count: float) -> str:

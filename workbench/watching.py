@@ -10,7 +10,7 @@ import torch
 from workbench.checkpoint import fingerprint
 from workbench.config import Config
 from workbench.editing import Editing
-from workbench.edits import Edit, to_dict
+from workbench.edits import Edit, describe, to_dict
 from workbench.errors import RequestError
 from workbench.model import Model
 from workbench.probe import OFF, Probe, both
@@ -68,10 +68,8 @@ class Watch:
         """RequestError for an edit or a site that no token has met."""
         silent = self.editing.silent() if self.editing else []
         if silent:
-            from_edits = "; ".join(map(repr, silent))
-            raise RequestError(
-                f"no token met {from_edits}: the text ended before these positions, or the phase never came."
-            )
+            edits = "; ".join(map(describe, silent))
+            raise RequestError(f"no token met {edits}: the text ended before these positions, or the phase never came.")
         for recorder in self._recorders:
             recorder.check()
 

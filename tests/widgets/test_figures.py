@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from workbench.errors import RequestError
-from workbench.widgets.figures import COLUMNS, ROWS, bars, heat, lines
+from workbench.widgets.figures import COLUMNS, ROWS, bars, heat, histogram, lines
 from workbench.widgets.strip import Strip
 
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -129,6 +129,17 @@ def test_equal_steps_look_equal_on_a_light_and_on_a_dark_page(page, side):
     assert abs(steps.sum()) > 35  # of 100 from black to white
 
 
+def test_marks_of_a_logarithmic_axis_are_said_in_full():
+    axis = lines(pd.DataFrame({"x": [0.03, 40.0]}, index=[1, 10]), "t", "a", log=True).layout.yaxis
+    named = dict(zip(axis.tickvals, axis.ticktext))
+    assert named[0.02] == "0.02" and named[50.0] == "50" and min(named) <= 0.03 and max(named) >= 40
+
+
+def test_the_legend_says_what_the_colours_are():
+    layers = pd.DataFrame({1: [0.5], 2: [0.25]}).rename_axis(columns="layer")
+    assert bars(layers, "t", "a").layout.legend.title.text == "layer"
+
+
 def test_a_strip_shows_every_piece_in_a_box_of_its_own():
     html = Strip(["a", "<i>", "␣b"], shade=[0.0, 1.0, 0.5], label="surprise")._repr_html_()
     assert html.count("<code") == 3 and "&lt;i&gt;" in html and "<i>" not in html
@@ -139,3 +150,18 @@ def test_a_strip_shows_every_piece_in_a_box_of_its_own():
 def test_a_strip_needs_a_shade_for_every_piece():
     with pytest.raises(RequestError, match="2 pieces need as many shades; got 1"):
         Strip(["a", "b"], shade=[0.5])
+
+
+def test_a_histogram_counts_every_value_once_and_shows_the_mark():
+    values = {"null": [0.0, 0.0, 0.1, 0.2], "other": [0.2, 0.4]}
+    plot = histogram(values, "a < b", "bits", bins=5, marks={"observed": 1.0})
+    page = plot._repr_mimebundle_()
+    first, second = page[PLOTLY]["data"]
+    assert first["y"] == [3, 1, 0, 0, 0] and second["y"] == [0, 1, 1, 0, 0]  # 0 to 1, as the mark is at 1
+    assert page[PLOTLY]["layout"]["shapes"][0]["x0"] == 1.0
+    assert "observed: 1" in page["text/plain"] and "null" in page["text/html"] and "a &lt; b" in page["text/html"]
+
+
+def test_a_histogram_of_one_value_is_one_bar():
+    [bar] = histogram({"null": [2.0, 2.0]}, "Twice", "bits", bins=3).data
+    assert sum(bar.y) == 2

@@ -1,9 +1,10 @@
 """The model as it would be if nobody had thought of probes: its own source, with every mention of a probe taken out.
 
-What "off" costs can only be told against code without probes. A second model kept by hand would drift from the first, a
-branch for "no probe" would itself be the cost in question, and another implementation differs in more than probes. So the
-baseline is made from workbench/model.py when it is needed, on its syntax tree: `probe(site, x)` becomes x, `read` and the
-opening and closing of a pass go, and of `if probe.opens(...)` what happens where nothing is opened remains.
+What "off" costs can only be told against code without probes. A second model kept by hand would drift from the first,
+a branch for "no probe" would itself be the cost in question, and another implementation differs in more than probes.
+So the baseline is made from workbench/model.py when it is needed, on its syntax tree: `probe(site, x)` becomes x, `read`
+and the beginning and end of a pass go, and of `if probe.opens(...)` what happens where nothing is opened remains. One
+trace of probes is left in it: the router finds the best expert that was not chosen in the same operation as the chosen.
 """
 
 import ast
@@ -29,8 +30,8 @@ def without_probes(tree: ast.Module) -> ast.Module:
 def copy_of(model: Model, probes: bool) -> nn.Module:
     """The same weights, in memory too, under code of its own: compiled anew, with probes or without.
 
-    Anew, because CPython adapts code to the types it meets: variants that shared it would disturb each other, as they do
-    not where only one of them is in use.
+    Anew, because CPython adapts code to the types it meets: variants that shared it would disturb each other, as they
+    do not where only one of them is in use.
     """
     path = Path(source.__file__)
     tree = ast.parse(path.read_text(encoding="utf-8"))

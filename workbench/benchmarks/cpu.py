@@ -32,6 +32,7 @@ STEPS = 32  # tokens of one decode measurement
 TRIED = 8  # of them, to choose among the settings of transformers
 LONG_ENOUGH = 0.25  # seconds; shorter passes are repeated within a measurement
 
+
 class Workload(NamedTuple):
     name: str
     context: int  # tokens in the cache before the clock starts

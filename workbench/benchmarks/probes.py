@@ -1,4 +1,4 @@
-"""What looking costs: decoding and prefill with probes off, recording and editing, against code without probes (bare.py).
+"""What looking costs: decode and prefill with probes off, recording and editing, against code without probes (bare.py).
 
 The machine is shared and its speed drifts by more than what is measured. So every way of looking runs in many short
 blocks, all of them in every round and in a new order each time, and is compared with the baseline of its own round; the
@@ -33,7 +33,6 @@ from workbench.benchmarks.measure import (
 from workbench.benchmarks.rivals import CACHE
 from workbench.cache import LatentCache
 from workbench.checkpoint import open_model
-from workbench.config import Config
 from workbench.editing import Editing
 from workbench.edits import Ablate, Edit, TopK
 from workbench.errors import RequestError
@@ -125,7 +124,8 @@ class Result:
     def __str__(self) -> str:
         about = self.about
         lines = [
-            f"{about['model']}: {about['parameters'] / 1e6:.1f}M parameters; {about['dtype']}, threads: {about['threads']}",
+            f"{about['model']}: {about['parameters'] / 1e6:.1f}M parameters",
+            f"{about['dtype']}, threads: {about['threads']}, load before: {about['load']}",
             f"{about['cpu']}; torch {about['torch']}",
             "without probes and off: the same bits, the same operations",
             scatter(about["load"]).rstrip(),
@@ -136,7 +136,7 @@ class Result:
         ):
             lines += ["", f"{f'{what}, rounds: {len(rows[0].ms)}':44}{'ms/token':>9}{'more':>11}{'95 %':>20}{'ops':>7}"]
             lines += map(str, rows)
-        return "\n".join(line for number, line in enumerate(lines) if line or number > 3)
+        return "\n".join(line for number, line in enumerate(lines) if line or number > 4)
 
     def save(self, folder: Path = RESULTS) -> Path:
         return keep(folder, f"probes-at-{self.about['context']}", self.to_dict())
@@ -165,7 +165,9 @@ def measure(
         if not 1 <= context <= most or most < PROMPT:
             raise RequestError(f"context must be from 1 to {most:,}, so that {STEPS} tokens fit behind it.")
         ways = ways_of(model)
-        tokens = torch.randint(config.vocab_size, (1, context + STEPS + PROMPT), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(
+            config.vocab_size, (1, context + STEPS + PROMPT), generator=torch.Generator().manual_seed(0)
+        )
         cache = LatentCache(config, format=CACHE[model.dtype])
         check(ways, tokens[:, :CHECKED], cache)
         prefill = _table(ways, tokens[:, :PROMPT], cache, 0, 1, rounds, SECONDS["prefill"])
@@ -180,7 +182,9 @@ def ways_of(model: Model) -> list[Way]:
     """All that are measured, the baseline first, each under code of its own."""
     config = model.config
     moe = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
-    watched = [site for site in SITES if site.startswith(("resid.", "moe.router", "moe.experts", "moe.gates", "moe.scores"))]
+    watched = [
+        site for site in SITES if site.startswith(("resid.", "moe.router", "moe.experts", "moe.gates", "moe.scores"))
+    ]
     ways = [
         Way(BARE, copy_of(model, probes=False), None),
         Way(AGAIN, copy_of(model, probes=False), None),
@@ -242,7 +246,13 @@ class _Listed(TorchDispatchMode):
 
 
 def _table(
-    ways: Sequence[Way], tokens: torch.Tensor, cache: LatentCache, at: int, passes: int, rounds: int | None, seconds: float
+    ways: Sequence[Way],
+    tokens: torch.Tensor,
+    cache: LatentCache,
+    at: int,
+    passes: int,
+    rounds: int | None,
+    seconds: float,
 ) -> tuple[Row, ...]:
     """The ways in turns on `tokens`, `passes` of them one after the other, with `at` tokens in the cache before."""
     counts = [_ops(way, tokens, cache, at) for way in ways]

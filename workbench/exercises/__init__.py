@@ -1,11 +1,15 @@
 """Checks for the exercises in the notebooks: they try what was written and say where it differs."""
 
 from workbench.exercises.attention import check_absorbed_scores, check_cached_elements
+from workbench.exercises.edits import check_without_group
 from workbench.exercises.feedback import Feedback
 from workbench.exercises.mixture import MIX, check_mix
 from workbench.exercises.positions import check_rotate_pairs
+from workbench.exercises.probes import check_zero_head
 from workbench.exercises.routing import CHOOSE, check_choose
 from workbench.exercises.sampling import TOP_P, check_top_p
+from workbench.exercises.statistics import check_permutation_p
+from workbench.exercises.traces import check_overlap
 
 __all__ = [
     "CHOOSE",
@@ -16,6 +20,10 @@ __all__ = [
     "check_cached_elements",
     "check_choose",
     "check_mix",
+    "check_overlap",
+    "check_permutation_p",
     "check_rotate_pairs",
     "check_top_p",
+    "check_without_group",
+    "check_zero_head",
 ]

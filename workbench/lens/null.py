@@ -82,7 +82,8 @@ def alike(
         if len(found) == rounds:
             return found
     raise RequestError(
-        f"hardly any {most} others weigh as much as these ({wanted:.3g}): choose fewer, or allow more with most= or within=."
+        f"hardly any {most} others weigh as much as these, {wanted:.3g}: choose fewer, or allow more with most= or "
+        "within=."
     )
 
 

@@ -48,9 +48,11 @@ class ChatView {
 
   build() {
     this.card = new Card(this.root, (turn, index, token) => this.tell({ kind: "branch", turn, index, token }), () => !this.busy,
-      (turn, index) => this.tell({ kind: "look", turn, index }));
+      (turn, index) => this.tell({ kind: "look", turn, index }), (message, index) => this.tint.describe(message, index));
+    this.tint = new Tint(this);
+    this.looked = new Looked(this);
     this.title = element("strong", { className: "wbc-title" });
-    this.tokensToggle = this.toggle("Tokens", "Show the tokens of the replies, tinted by how unlikely they were", (on) => this.showTokens(on));
+    this.tokensToggle = this.toggle("Tokens", "Show the tokens of the replies, tinted by a number of each", (on) => this.showTokens(on));
     this.promptToggle = this.toggle("Prompt", "Show the exact prompt, special tokens included", (on) => this.showPrompt(on));
     this.expertsToggle = this.toggle("Experts", "Show where each token went: experts, margins, edits", (on) => this.tell({ kind: "explore", on }));
     this.file = element("input", { type: "file", accept: ".json,application/json", hidden: true });
@@ -67,22 +69,15 @@ class ChatView {
     this.latest = element("button", { className: "wbc-latest", type: "button", hidden: true }, "\u2193 latest");
     this.latest.addEventListener("click", () => this.toEnd());
     this.prompt = element("div", { className: "wbc-prompt", tabIndex: 0, role: "region", "aria-label": "Prompt", hidden: true });
-    this.legend = element("div", { className: "wbc-legend", hidden: true }, element("span", {}, "likely"),
-      element("i", { className: "wbc-scale" }), element("span", {}, "unlikely"), element("span", { className: "wbc-note" }, "probability under the model, before sampling"));
     this.input = element("textarea", { className: "wbc-input", rows: 1, "aria-label": "Message", placeholder: "Write a message" });
     this.input.addEventListener("input", () => this.drawInput());
     this.button = iconButton("send", "Send", (event) => this.press(event), true);
     this.button.classList.add("wbc-go");
     this.bar = element("div", { className: "wbc-bar-input" }, this.input, this.button);
-    this.meter = element("i");
-    this.meterBox = element("span", { className: "wbc-meter", role: "meter", "aria-label": "Context used", "aria-valuemin": "0" }, this.meter);
-    this.used = element("span");
-    this.cache = element("span", { className: "wbc-cache" });
-    this.speed = element("span", { className: "wbc-speed" });
-    this.status = element("footer", { className: "wbc-status" }, this.meterBox, this.used, this.cache, element("span", { className: "wbc-space" }), this.speed);
+    this.status = new Status();
     this.said = element("div", { className: "wbc-hidden", role: "status" });
     this.root.classList.add("wbc");
-    this.root.append(this.head, this.notice, this.legend, element("div", { className: "wbc-main" }, this.log, this.latest, this.prompt), this.bar, this.status, this.said);
+    this.root.append(this.head, this.notice, this.tint.element, element("div", { className: "wbc-main" }, this.log, this.latest, this.prompt), this.bar, this.status.element, this.said);
     const { signal } = this.ended;
     this.root.addEventListener("keydown", (event) => this.onKey(event), { signal });
     addEventListener("resize", () => this.card.hide(), { signal });
@@ -101,15 +96,17 @@ class ChatView {
 
   // What the kernel says
 
-  on_path({ path, turns, answering, facts, fresh, view }) {
+  on_path({ path, turns, answering, facts, fresh, view, readings }) {
     if ((view && view !== this.id) || !(fresh || this.known)) return;
     clearTimeout(this.asking);
     this.known = true;
     if (fresh) {
       this.card.hide();
       this.messages.clear();
+      this.looked.set(null, null);
     }
     Object.assign(this.facts, facts);
+    this.tint.offer();
     this.answering = answering;
     this.draft = null;
     for (const turn of turns) {
@@ -126,10 +123,12 @@ class ChatView {
     this.log.replaceChildren(this.empty, ...this.path.map((message) => message.element));
     if (answering !== null) this.follow = true;
     this.notice.hidden = true;
+    if (fresh) this.tint.ask(true);
+    else this.tint.take(readings ?? []);
     this.drawAll();
   }
 
-  on_steps({ turn, from, steps, stats }) {
+  on_steps({ turn, from, steps, stats, readings }) {
     const message = this.messages.get(turn);
     if (!message || !this.known) return;
     if (!message.append(from, steps)) {
@@ -137,7 +136,17 @@ class ChatView {
       return;
     }
     Object.assign(message.stats, stats);
+    this.tint.take(readings ?? []);
     this.drawSoon(message);
+  }
+
+  on_readings({ readings }) {
+    this.tint.take(readings);
+    this.tint.draw();
+  }
+
+  on_looked({ turn, index }) {
+    this.looked.set(turn, index);
   }
 
   on_done({ turn, finish, error, stats }) {
@@ -160,6 +169,10 @@ class ChatView {
 
   on_exploring({ on }) {
     this.expertsToggle.setAttribute("aria-pressed", String(on));
+  }
+
+  get exploring() {
+    return this.expertsToggle.getAttribute("aria-pressed") === "true";
   }
 
   on_prompt({ parts, tokens }) {
@@ -201,7 +214,7 @@ class ChatView {
     this.tell({ kind: "send", text });
     clearTimeout(this.patience);
     this.patience = setTimeout(() => {
-      if (this.draft !== null) this.speed.textContent = "waiting for the kernel: it is busy, or was restarted (then run the cell again)";
+      if (this.draft !== null) this.status.say("waiting for the kernel: it is busy, or was restarted (then run the cell again)");
     }, 1500);
     this.announce("Sent");
     this.drawInput();
@@ -221,7 +234,7 @@ class ChatView {
 
   showTokens(on) {
     this.raw = on;
-    this.legend.hidden = !on;
+    this.tint.show(on);
     this.card.hide();
     for (const message of this.messages.values()) if (message.isReply) message.clear();
     this.drawAll();
@@ -276,6 +289,7 @@ class ChatView {
       this.frame = 0;
       for (const each of this.dirty) each.draw();
       this.dirty.clear();
+      this.tint.draw();
       this.drawStatus();
       this.scroll();
     });
@@ -283,6 +297,7 @@ class ChatView {
 
   drawAll() {
     for (const message of this.path) message.draw();
+    this.tint.draw();
     this.title.textContent = this.facts.model;
     this.empty.hidden = this.path.length > 0;
     this.empty.textContent = `Say something to ${this.facts.model}. Then hover a word of the answer to see what else it could have been.`;
@@ -312,19 +327,7 @@ class ChatView {
 
   drawStatus() {
     const stats = this.path.findLast((message) => message.stats.tokens)?.stats ?? {};
-    const used = (stats.prompt_tokens ?? 0) + (stats.tokens ?? 0);
-    const { context, cache_factor: factor } = this.facts;
-    const share = context ? Math.min(1, used / context) : 0;
-    this.meter.style.width = `${100 * share}%`;
-    this.meterBox.classList.toggle("wbc-nearly-full", share > 0.9);
-    this.meterBox.setAttribute("aria-valuemax", String(context));
-    this.meterBox.setAttribute("aria-valuenow", String(used));
-    this.used.textContent = context ? `context ${number(used)} of ${number(context)} tokens` : "";
-    const held = stats.cache_bytes;
-    this.cache.textContent = held ? `cache ${bytes(held)}, ${Math.round(100 * (1 - 1 / factor))} % less than MHA with the same heads` : "";
-    this.cache.title = held ? `Multi-head attention (MHA) would keep a key and a value of every head: ${bytes(held * factor)} for the same tokens at the same precision.` : "";
-    const live = this.messages.get(this.answering)?.stats.tokens_per_second;
-    this.speed.textContent = this.answering === null ? "" : live ? `${live.toFixed(1)} tokens/s` : "reading the prompt \u2026";
+    this.status.draw(this.facts, stats, this.answering !== null, this.messages.get(this.answering)?.stats.tokens_per_second);
   }
 
   scroll() {

@@ -18,13 +18,15 @@ from workbench.session import Conversation
 from workbench.turns import Turn
 from workbench.widgets.controls import Controls
 from workbench.widgets.explorer import Explorer
+from workbench.widgets.looked import Looked
 from workbench.widgets.publisher import Publisher
+from workbench.widgets.tint import tint_facts
 from workbench.widgets.transcript import as_html, as_text
 from workbench.workbench import Workbench
 
 HERE = Path(__file__).parent
 # one browser module, in the order of its parts: widgets have no import paths of their own
-PARTS = ("markdown.js", "inspect.js", "message.js", "chat.js")
+PARTS = ("markdown.js", "colours.js", "inspect.js", "tint.js", "looked.js", "message.js", "status.js", "chat.js")
 
 _live: "weakref.WeakSet[ChatPanel]" = weakref.WeakSet()  # panels with a worker, so that a new one can end an old one
 
@@ -54,6 +56,7 @@ class ChatPanel(ipywidgets.VBox):
         self._view.on_msg(self._hear)
         self.conversation = Conversation(bench, system, sampling)
         self.explorer = Explorer(self.conversation, self._refuse)
+        self._looked = Looked(self.explorer, self._tell)
         self._publish()
         self._controls = Controls(
             self.conversation.sampling, self.system, self._sampling_changed, self._system_changed, self._refuse
@@ -101,8 +104,10 @@ class ChatPanel(ipywidgets.VBox):
 
     def look(self, turn: Turn | int, index: int) -> None:
         """Opens token number `index` of a reply in the explorer below the conversation."""
+        closed = not self.exploring
         self.explorer.look(self._turn(turn), index)
-        self._tell({"kind": "exploring", "on": True})
+        if closed:
+            self._tell({"kind": "exploring", "on": True})
 
     @property
     def exploring(self) -> bool:
@@ -179,6 +184,7 @@ class ChatPanel(ipywidgets.VBox):
         """Ends the worker and lets the model go; what was said stays on the screen."""
         _live.discard(self)
         self.explorer.leave()
+        self._looked.end()
         self.conversation.close()
         self._tell({"kind": "closed", "text": reason})
 
@@ -198,6 +204,7 @@ class ChatPanel(ipywidgets.VBox):
     def _publish(self) -> None:
         bench = self.conversation.bench
         facts = {"model": self._name, "context": bench.context, "cache_factor": cache_factor(bench.config)}
+        facts |= tint_facts(bench.config)
         self._publisher = Publisher(self.conversation, facts, bench.tokenizer.piece, self._tell)
 
     def _turn(self, turn: Turn | int) -> Turn:
@@ -242,6 +249,7 @@ class ChatPanel(ipywidgets.VBox):
                 self._publisher.path(view)
                 if self.exploring:
                     self._tell({"kind": "exploring", "on": True})
+                    self._looked.repeat()
                 if self not in _live:
                     self._tell({"kind": "closed", "text": "This panel was closed."})
             case {"kind": "send", "text": str(text)}:
@@ -264,6 +272,8 @@ class ChatPanel(ipywidgets.VBox):
                 self.explorer.opened = wanted
             case {"kind": "look", "turn": int(key), "index": int(index)}:
                 self.look(talk.find(key), index)
+            case {"kind": "readings", "view": str(view), "on": bool(wanted)}:
+                self._publisher.read(view, wanted)
             case {"kind": "prompt"}:
                 self._tell({"kind": "prompt"} | self._prompt())
             case {"kind": "export"}:

@@ -88,6 +88,8 @@ class Explorer(ipywidgets.VBox):
             self.layout.display = "" if wanted else "none"
             if wanted:
                 self.show(self.turn or self._newest())
+            else:
+                self.selection.token = -1
 
     def show(self, turn: Turn | None) -> None:
         """Looks at this reply."""
@@ -110,6 +112,13 @@ class Explorer(ipywidgets.VBox):
         if turn is not self.turn:
             self.show(turn)
         self.selection.token = turn.steps[index].position
+
+    @property
+    def looked(self) -> tuple[int, int] | None:
+        """(key of the reply, number of its token) that is selected; None where that is no token of a reply."""
+        turn = self.turn if self.opened else None
+        index = self.selection.token - turn.steps[0].position if turn and turn.steps else -1
+        return (turn.key, index) if turn and self.selection.token >= 0 and 0 <= index < len(turn.steps) else None
 
     def rerun(self, edits: Sequence[Edit]) -> Turn:
         """Another version of the reply looked at, on a model with these edits; then both side by side."""

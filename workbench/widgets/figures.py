@@ -1,7 +1,7 @@
 """Finished plots from tables, each with the table as its text alternative. Drawn offline by JupyterLab."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -34,7 +34,13 @@ class Plot(go.Figure):
             plot_bgcolor="rgba(0,0,0,0)",
             height=360,
             margin={"l": 60, "r": 20, "t": 60, "b": 70},
-            legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
+            legend={
+                "title": {"text": escape(str(table.columns.name or ""))},
+                "orientation": "h",
+                "x": 0,
+                "y": 1,
+                "yanchor": "bottom",
+            },
             showlegend=len(table.columns) > 1,
         )
         self.update_xaxes(automargin=True, showgrid=False, zeroline=False)
@@ -83,7 +89,43 @@ def lines(table: pd.DataFrame, title: str, axis: str, log: bool = False) -> Plot
     plot.update_yaxes(title=escape(axis))
     if log:
         plot.update_xaxes(type="log", tickvals=table.index.tolist())
-        plot.update_yaxes(type="log", dtick="D2")  # marks at 1, 2 and 5
+        seen = table.to_numpy(float)
+        marks = _marks(seen[np.isfinite(seen) & (seen > 0)])
+        plot.update_yaxes(type="log", tickvals=marks, ticktext=[f"{mark:,g}" for mark in marks])
+    return plot
+
+
+def histogram(
+    values: Mapping[str, Sequence[float]],
+    title: str,
+    axis: str,
+    bins: int = 30,
+    marks: Mapping[str, float] | None = None,
+) -> Plot:
+    """How often values fall into each of `bins` equal parts of their range, a colour a name; `axis` is what they are.
+
+    `marks` are single values to be seen beside them, as dashed lines with their names; the range takes them in.
+    """
+    marks = dict(marks or {})
+    every = np.concatenate([np.asarray(list(each), float) for each in (*values.values(), marks.values())])
+    edges = np.linspace(every.min(), every.max() if every.max() > every.min() else every.min() + 1, bins + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    counts = {name: np.histogram(each, edges)[0] for name, each in values.items()}
+    table = pd.DataFrame(counts, index=pd.Index([float(f"{middle:.3g}") for middle in middles], name=axis))
+    traces = [
+        go.Bar(
+            x=middles.tolist(), y=count.tolist(), name=escape(name), marker={"color": COLOURS[n % len(COLOURS)]},
+            hovertemplate="%{x:.3g}<br>%{y}",
+        )
+        for n, (name, count) in enumerate(counts.items())
+    ]  # fmt: skip
+    said = "".join(f"; {name}: {value:.3g}" for name, value in marks.items())
+    plot = Plot(traces, table, title + said)
+    for name, value in marks.items():
+        plot.add_vline(value, line={"dash": "dash", "color": GREY}, annotation_text=escape(name), annotation_x=value)
+    plot.update_layout(bargap=0.05)
+    plot.update_xaxes(title=escape(axis))
+    plot.update_yaxes(title="how many")
     return plot
 
 
@@ -115,6 +157,14 @@ def heat(table: pd.DataFrame, title: str, axis: str, centre: float | None = None
     plot.update_xaxes(type="category", title=escape(_said(table.columns)))
     plot.update_yaxes(type="category", title=escape(_said(table.index)), autorange="reversed", showgrid=False)
     return plot
+
+
+def _marks(values: np.ndarray) -> list[float]:
+    """1, 2 and 5 times powers of ten, from below the smallest of the values to above the largest."""
+    if not values.size:
+        return []
+    powers = range(int(np.floor(np.log10(values.min()))), int(np.ceil(np.log10(values.max()))) + 1)
+    return [float(f"{step}e{power}") for power in powers for step in (1, 2, 5)]
 
 
 def _ramp(colour: str, clear: float, solid: float) -> list[list]:

@@ -2,7 +2,8 @@
 // sampling and the likeliest alternatives; choosing one branches the reply there.
 //
 // A step is [token, text, probability under the model, probability after sampling, entropy in nats,
-// [[token, text, before, after], ...], by hand]. Tokens that only together make a character share one group.
+// [[token, text, before, after], ...], by hand, ms of its step, bytes in the cache after it]; null is not measured.
+// Tokens that only together make a character share one group.
 
 /** Groups of steps that have text, as {from, to, first, last}; steps from `next` on still wait for their character. */
 export class Groups {
@@ -49,18 +50,12 @@ export function visible(text) {
   return text.replace(/ /g, "\u2423").replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5") || "\u2205";
 }
 
-/** How unlikely the least likely token of a group was, 0 to 1, for its tint. */
-export function surprise(steps, group) {
-  let least = 1;
-  for (let index = group.first; index <= group.last; index++) least = Math.min(least, steps[index][2] ?? 0);
-  return 1 - least;
-}
-
 /** One card for all replies of a view. `choose(turn key, index, token)` branches; `mayBranch()` says if that is possible;
-    `look(turn key, index)` opens the token below the conversation. */
+    `look(turn key, index)` opens the token below the conversation; `more(message, index)` is what else there is to say. */
 export class Card {
-  constructor(root, choose, mayBranch, look) {
+  constructor(root, choose, mayBranch, look, more) {
     this.look = look;
+    this.more = more;
     this.root = root;
     this.choose = choose;
     this.mayBranch = mayBranch;
@@ -118,9 +113,10 @@ export class Card {
       element("b", {}, visible(text || (own ? own[1] : ""))), element("span", {}, `token ${token}`));
     const facts = [`no. ${index + 1} of the reply`];
     if (byHand) facts.push("put here by you");
-    else if (entropy !== null) facts.push(`entropy ${entropy.toFixed(2)} nats`);
+    if (entropy !== null) facts.push(`entropy ${entropy.toFixed(2)} nats`);
     if (!own) facts.push(`model ${percent(model)}, sampling ${percent(sampled)}`);
-    const figures = element("div", { className: "wbc-note" }, facts.join(" \u00b7 "));
+    const lines = [facts.join(" \u00b7 "), ...this.more(message, index)];
+    const figures = lines.map((line) => element("div", { className: "wbc-note" }, line));
     const may = this.mayBranch();
     const rows = alternatives.map((alternative) => this.row(message, index, alternative, token, may));
     const head = element("div", { className: "wbc-row wbc-row-head" },
@@ -130,7 +126,7 @@ export class Card {
       this.hide();
       this.look(message.key, index);
     });
-    return element("section", {}, title, figures, head, ...rows, inside);
+    return element("section", {}, title, ...figures, head, ...rows, inside);
   }
 
   row(message, index, [token, text, before, after], chosen, may) {

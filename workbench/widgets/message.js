@@ -39,13 +39,6 @@ export function iconButton(icon, label, action, shown = false) {
 
 const number = (value) => value.toLocaleString("en");
 
-function bytes(value) {
-  const units = ["B", "KiB", "MiB", "GiB"];
-  let power = 0;
-  while (value >= 1024 && power < 3) (value /= 1024), power++;
-  return `${value >= 100 || power === 0 ? Math.round(value) : value.toFixed(1)} ${units[power]}`;
-}
-
 const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 
 /** `tell` sends a verb to the kernel; `card` shows alternatives; `view.busy` and `view.raw` are read, not kept. */
@@ -79,7 +72,7 @@ export class Message {
       this.actions.append(this.again, this.more, this.figures);
       this.body.tabIndex = 0;
       this.body.setAttribute("role", "group");
-      this.body.setAttribute("aria-label", "Reply. Left and right arrows go through its tokens, Enter opens the alternatives.");
+      this.body.setAttribute("aria-label", "Reply. Left and right arrows go through its tokens, down goes to the alternatives, Enter opens the token.");
     } else {
       this.again = iconButton("edit", "Edit and send again", () => this.edit());
       this.actions.append(this.again);
@@ -96,7 +89,9 @@ export class Message {
     this.stats = turn.stats ?? {};
     if (this.isReply) {
       this.steps = [];
+      this.readings = new Readings();
       this.groups = new Groups();
+      this.ending = null;
       this.clear();
       this.append(0, turn.steps);
     } else {
@@ -116,6 +111,8 @@ export class Message {
   clear() {
     this.blocks = [];
     this.drawn = 0;
+    this.spans = []; // in the token view, one a group
+    this.painted = { key: "", to: 0 };
     this.body.replaceChildren(this.tail);
   }
 
@@ -129,6 +126,7 @@ export class Message {
       this.drawTail(live);
       this.drawFigures(live);
       if (this.view.card.shown?.message === this) this.mark(this.view.card.shown.group);
+      if (this.view.looked.turn === this.key) this.view.looked.mark(this);
     }
     this.body.classList.toggle("wbc-raw", this.isReply && this.view.raw);
     this.element.classList.toggle("wbc-live", live);
@@ -165,7 +163,7 @@ export class Message {
       const end = Math.min(group.to, to);
       const made = element("span", { className: "wbc-token" }, this.groups.text.slice(from, end));
       made.dataset.group = index;
-      made.style.setProperty("--surprise", surprise(this.steps, group).toFixed(3));
+      if (this.view.raw) this.spans.push(made);
       if (this.steps[group.last][6]) made.classList.add("wbc-by-hand");
       parent.insertBefore(made, before);
       from = end;
@@ -173,7 +171,7 @@ export class Message {
   }
 
   drawTail(live) {
-    const ended = !live && this.finish === "eos" && this.steps.length > 0;
+    const ended = (this.hasEnd = !live && this.finish === "eos" && this.steps.length > 0);
     this.tail.className = live ? "wbc-tail wbc-cursor" : ended ? "wbc-tail wbc-token wbc-end" : "wbc-tail";
     this.tail.textContent = ended ? "end" : "";
     if (ended) this.tail.dataset.group = "end";
@@ -249,7 +247,9 @@ export class Message {
     this.body.addEventListener("pointerleave", () => card.hideSoon());
     this.body.addEventListener("click", (event) => {
       const found = groupOf(event.target);
-      if (found && !String(getSelection())) card.show(this, ...found);
+      if (!found || String(getSelection())) return;
+      if (this.view.exploring) this.view.looked.choose(this, found[0]);
+      else card.show(this, ...found);
     });
     this.body.addEventListener("keydown", (event) => this.onKey(event));
     this.body.addEventListener("blur", () => card.hideSoon());
@@ -269,10 +269,19 @@ export class Message {
       const token = tokens[Math.max(0, Math.min(tokens.length - 1, at < 0 ? (step > 0 ? 0 : tokens.length - 1) : at + step))];
       token.scrollIntoView({ block: "nearest" });
       card.show(this, this.group(token.dataset.group), token);
-    } else if (event.key === "Enter" && event.target === this.body) card.focus();
+    } else if (event.key === "Enter" && event.target === this.body) this.enter();
+    else if (event.key === "ArrowDown" && event.target === this.body && card.shown?.message === this) card.focus();
     else return;
     event.preventDefault();
     event.stopPropagation();
+  }
+
+  /** The marked token in the explorer, where that is open; there already, or else, its alternatives. */
+  enter() {
+    const { card, exploring, looked } = this.view;
+    const shown = card.shown?.message === this ? card.shown.group : null;
+    if (shown && exploring && !looked.holds(this, shown)) looked.choose(this, shown);
+    else card.focus();
   }
 
   mark(group) {

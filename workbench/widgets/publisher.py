@@ -7,16 +7,19 @@ from time import monotonic
 
 from workbench.session import Conversation, Event
 from workbench.turns import Record, Tree, Turn
+from workbench.widgets.tint import cache_bytes, readings
 
 INTERVAL = 1 / 7  # seconds between two messages about steps: with those of the explorer fewer than 20 a second
 
 
 class Publisher:
-    """Subscribed to a conversation, it calls `send` with one of three messages.
+    """Subscribed to a conversation, it calls `send` with one of four messages.
 
-    path   the visible path, with the turns that were not sent before; `fresh` tells views to forget all others
-    steps  the steps of a reply since the last message
-    done   how a reply ended
+    path      the visible path, with the turns that were not sent before; `fresh` tells views to forget all others
+    steps     the steps of a reply since the last message
+    done      how a reply ended
+    readings  for a view that colours by it, how tokens were read; as long as one does, path and steps bring the news,
+              which come a step later than the token: see tint.readings
 
     What is left to say is worked out from the conversation itself under one lock, so messages that cross each other
     cannot lose or repeat a step.
@@ -30,6 +33,8 @@ class Publisher:
         self._tree: Tree | None = None
         self._sent: dict[int, int] = {}  # turn key -> steps the views know
         self._figures: dict = {}  # what they know of the reply being generated
+        self._readers: set[str] = set()  # views that want readings
+        self._read: dict[int, int] = {}  # turn key -> tokens whose readings they know
         self._last = 0.0
         self.unsubscribe = conversation.subscribe(self.hear)
 
@@ -52,12 +57,15 @@ class Publisher:
             fresh = view is not None or self._tree is not conversation.tree
             if fresh:
                 self._tree, self._sent = conversation.tree, {}
+                self._readers.clear()  # those that still want readings say so
             path, answering = conversation.tree.path(), conversation.answering
             if answering and answering.finish:  # its end is being announced
                 answering = None
             unknown = [turn for turn in path if turn.key not in self._sent or turn is answering]
             self._sent |= {turn.key: len(turn.steps) for turn in unknown}
             self._figures = {}
+            for turn in unknown:
+                self._read.pop(turn.key, None)
             self.send(
                 {
                     "kind": "path",
@@ -67,36 +75,64 @@ class Publisher:
                     "path": [_place(turn) for turn in path],
                     "turns": [self._turn(turn) for turn in unknown],
                     "answering": answering.key if answering else None,
+                    "readings": self._readings(path),
                 }
             )
+
+    def read(self, view: str, wanted: bool) -> None:
+        """From now on `view` is told how tokens were read, beginning with all that are visible; or no more."""
+        with self._lock, self.conversation.lock:
+            self._readers.discard(view)
+            if wanted:
+                self._readers.add(view)
+                self._read = {}
+                self.send({"kind": "readings", "readings": self._readings(self.conversation.tree.path())})
 
     def steps(self, turn: Turn) -> None:
         with self._lock, self.conversation.lock:
             start = self._sent.get(turn.key, 0)
             if start == len(turn.steps):
                 return
-            rows = [self._row(record) for record in turn.steps[start:]]
+            rows = self._rows(turn, start)
             figures = {name: _short(value) for name, value in turn.stats.items()}
             news = dict(figures.items() - self._figures.items())
             self._figures, self._last = figures, monotonic()
             self._sent[turn.key] = len(turn.steps)
-            self.send({"kind": "steps", "turn": turn.key, "from": start, "steps": rows, "stats": news})
+            self.send(
+                {
+                    "kind": "steps",
+                    "turn": turn.key,
+                    "from": start,
+                    "steps": rows,
+                    "stats": news,
+                    "readings": self._readings([turn]),
+                }
+            )
 
     def _turn(self, turn: Turn) -> dict:
         if turn.role == "user":
             return {"key": turn.key, "role": turn.role, "text": turn.content}
-        return _ending(turn) | {
-            "key": turn.key,
-            "role": turn.role,
-            "steps": [self._row(record) for record in turn.steps],
-        }
+        return _ending(turn) | {"key": turn.key, "role": turn.role, "steps": self._rows(turn, 0)}
 
-    def _row(self, record: Record) -> list:
+    def _readings(self, turns: list[Turn]) -> list[dict]:
+        """What views that want them do not know yet."""
+        if not self._readers:
+            return []
+        found = [readings(turn, self._read.get(turn.key, 0), self.facts["experts"]) for turn in turns]
+        news = [part for part in found if part]
+        self._read |= {part["turn"]: part["to"] for part in news}
+        return news
+
+    def _rows(self, turn: Turn, start: int) -> list[list]:
+        held = cache_bytes(turn, start)
+        return [self._row(record, bytes_held) for record, bytes_held in zip(turn.steps[start:], held, strict=True)]
+
+    def _row(self, record: Record, held: int | None) -> list:
         alternatives = [[a.token, self.piece(a.token), _short(a.before), _short(a.after)] for a in record.alternatives]
         model = None if record.logprob is None else math.exp(record.logprob)
         return [
             record.token, record.text, _short(model), _short(record.probability), _short(record.entropy),
-            alternatives, int(record.by_hand),
+            alternatives, int(record.by_hand), None if record.by_hand else _short(1000 * record.seconds), held,
         ]  # fmt: skip
 
 

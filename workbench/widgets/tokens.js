@@ -1,24 +1,8 @@
 // The token strip. One span a token; colours are worked out here from the numbers that came with it.
 
-// Okabe and Ito's colours, told apart by every eye; each stands for a group of experts
-const HUES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999"];
 const PROMPT = 1;
 const SPECIAL = 2;
 const ORDER = ["1st", "2nd", "3rd"];
-
-function bytes(value) {
-  const units = ["B", "KiB", "MiB", "GiB"];
-  let power = 0;
-  while (value >= 1024 && power < 3) (value /= 1024), power++;
-  return `${value >= 100 || power === 0 ? Math.round(value) : value.toFixed(1)} ${units[power]}`;
-}
-
-/** The next rounder number, so that a scale does not move with every token. */
-function rounded(value) {
-  if (!(value > 0)) return 1;
-  const power = 10 ** Math.floor(Math.log10(value));
-  return power * [1, 1.5, 2, 3, 5, 7, 10].find((step) => step * power >= value * 0.999);
-}
 
 class StripView extends LiveView {
   get ownTraits() {
@@ -193,32 +177,10 @@ class StripView extends LiveView {
     return name === "expert" ? (this.chosen.row(token)[0] < 0 ? NaN : this.chosen.row(token)[0]) : values[name];
   }
 
-  words(value, name) {
-    if (Number.isNaN(value)) return "not measured";
-    if (name === "cache_bytes") return bytes(value);
-    if (name === "margin" && value < 0) return "forced";
-    const unit = { surprise: " nats", entropy: " nats", ms: " ms" }[name] ?? "";
-    return `${name === "ms" ? Number(value.toPrecision(3)) : value < 0.001 ? short(Math.abs(value)) : Number(value.toFixed(3))}${unit}`;
-  }
-
   /** [value without tint, value with full tint] */
-  scale({ name, clear, full }) {
-    const known = [];
-    for (let token = 0; token < this.pieces.length; token++) {
-      const value = this.value(token, name);
-      if (!Number.isNaN(value)) known.push(value);
-    }
-    const unit = name === "cache_bytes" ? 1024 : 1;
-    const most = clear !== null && full !== null ? 0 : unit * rounded(known.sort((a, b) => a - b)[Math.floor(0.98 * (known.length - 1))] / unit);
-    return [clear ?? most, full ?? most];
-  }
-
-  /** Experts in up to eight bands of their own hue: the groups of the model, where it has some. */
-  band(expert) {
-    const { experts, groups } = this.facts;
-    const size = groups > 1 ? experts / groups : Math.ceil(experts / Math.min(8, experts));
-    const number = Math.floor(expert / size);
-    return { number, size, hue: HUES[number % HUES.length], strength: 22 + Math.round((33 * (expert % size)) / Math.max(1, size - 1)) };
+  scale(colour) {
+    const known = this.pieces.map((_, token) => this.value(token, colour.name));
+    return scaleOf(colour, known.filter((value) => !Number.isNaN(value)));
   }
 
   // Drawing
@@ -249,29 +211,28 @@ class StripView extends LiveView {
     const known = !Number.isNaN(value);
     classList.toggle("wbr-unmeasured", !known);
     classList.toggle("wbr-banded", known && name === "expert");
-    classList.toggle("wbr-cost", known && (name === "ms" || name === "cache_bytes"));
+    classList.toggle("wbr-cost", known && COSTS.includes(name));
     classList.toggle("wbr-read", this.gates.row(token)[0] !== 0);
     delete dataset.expert;
     if (known && name === "expert") {
-      const { hue, strength } = this.band(value);
+      const { hue, strength } = bandOf(value, this.facts);
       style.setProperty("--hue", hue);
       style.setProperty("--strength", `${strength}%`);
       if (this.ids.getAttribute("aria-pressed") === "true") dataset.expert = value;
     } else {
-      const [at, clear, full] = [value, ...ends].map((each) => Math.sign(each) * Math.abs(each) ** power);
-      style.setProperty("--tint", known ? Math.min(1, Math.max(0, (at - clear) / (full - clear))).toFixed(3) : "0");
+      style.setProperty("--tint", known ? shareOf(value, ends, power).toFixed(3) : "0");
     }
   }
 
-  drawLegend(colour, [clear, full]) {
+  drawLegend(colour, ends) {
     const { name, unit } = colour;
     const parts = [];
     const unmeasured = this.spans.reduce((count, _, token) => count + Number.isNaN(this.value(token, name)), 0);
-    if (name === "expert") parts.push(...this.bands());
+    if (name === "expert") parts.push(...bandsOf(this.facts, "wbr"));
     else {
-      const end = (value, isOpen) => `${isOpen ? "\u2265 " : ""}${this.words(value, name)}`;
-      const bar = element("i", { className: name === "ms" || name === "cache_bytes" ? "wbr-scale wbr-costs" : "wbr-scale wbr-tints" });
-      parts.push(element("span", {}, end(clear, colour.clear === null)), bar, element("span", {}, end(full, colour.full === null)));
+      const [clear, full] = endsOf(colour, ends);
+      const bar = element("i", { className: COSTS.includes(name) ? "wbr-scale wbr-costs" : "wbr-scale wbr-tints" });
+      parts.push(element("span", {}, clear), bar, element("span", {}, full));
       if (unit && !["nats", "ms", "bytes"].includes(unit)) parts.push(element("span", {}, unit));
     }
     if (unmeasured) parts.push(element("i", { className: "wbr-swatch wbr-unmeasured" }), element("span", {}, name === "expert" ? "not read" : "not measured"));
@@ -281,18 +242,6 @@ class StripView extends LiveView {
       parts.push(element("span", { className: "wbr-read" }, `read by expert ${this.get("expert")} of layer ${this.get("layer")}`), element("span", {}, `(${number(count)})`));
     }
     this.legend.replaceChildren(...parts);
-  }
-
-  bands() {
-    const { experts, groups } = this.facts;
-    if (!experts) return [];
-    const { size } = this.band(0);
-    return Array.from({ length: Math.ceil(experts / size) }, (_, n) => {
-      const last = Math.min(experts, (n + 1) * size) - 1;
-      const swatch = element("i", { className: "wbr-swatch" });
-      swatch.style.background = HUES[n % HUES.length];
-      return element("span", { className: "wbr-band", title: groups > 1 ? `group ${n}` : "" }, swatch, `${n * size}\u2013${last}`);
-    });
   }
 
   drawSelected() {
@@ -331,8 +280,8 @@ class StripView extends LiveView {
       if (name === "expert" || (name === "margin" && !this.facts.layers.length)) continue;
       const value = this.value(token, name);
       if (Number.isNaN(value)) absent.push(label);
-      else if (name === "margin") lines.push(`layer ${this.facts.layers[this.row]}: expert ${this.chosen.row(token)[0]}, margin ${this.words(value, name)}`);
-      else lines.push(`${label} ${this.words(value, name)}`);
+      else if (name === "margin") lines.push(`layer ${this.facts.layers[this.row]}: expert ${this.chosen.row(token)[0]}, margin ${inWords(value, name)}`);
+      else lines.push(`${label} ${inWords(value, name)}`);
     }
     if (absent.length) lines.push(`not measured: ${absent.join(", ")}`);
     return lines;

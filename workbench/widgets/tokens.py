@@ -68,7 +68,7 @@ class TokenStrip(LiveView):
     are underlined.
     """
 
-    _esm = script("view.js", "routing.js", "tokens.js")
+    _esm = script("view.js", "routing.js", "colours.js", "tokens.js")
 
     colour_by = traitlets.Enum(tuple(COLOURS), "probability").tag(sync=True)
     slot = traitlets.Int(0, min=0).tag(sync=True)
