@@ -13,8 +13,8 @@ import pytest
 
 from workbench import lab
 from workbench.__main__ import main
-from workbench.reply import Stats
 from workbench.errors import RequestError
+from workbench.reply import Stats
 from workbench.sampling import Sampling
 from workbench.terminal import Terminal
 
@@ -31,7 +31,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_help_names_every_command():
     answer = run("--help")
     assert answer.returncode == 0
-    for command in ("lab", "chat", "doctor", "train", "eval", "bench"):
+    for command in ("lab", "chat", "trace", "replay", "doctor", "train", "eval", "bench"):
         assert f"\n    {command} " in answer.stdout
 
 

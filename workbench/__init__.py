@@ -19,6 +19,7 @@ _HOME = {
     "Config": "workbench.config:Config",
     "Editing": "workbench.editing:Editing",
     "Force": "workbench.edits:Force",
+    "Hook": "workbench.hook:Hook",
     "LatentCache": "workbench.cache:LatentCache",
     "Probe": "workbench.probe:Probe",
     "Recorder": "workbench.recorder:Recorder",

@@ -48,18 +48,25 @@ def _summary(trace: Trace, path: Path) -> str:
 
 
 def _facts(header: dict) -> list[str]:
-    lines = [f"recorded {header['created']}"] if header["created"] else []
-    versions = header["versions"] or {}
-    if versions:
-        lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
-    sampling = header["sampling"] or {}
-    if sampling:
-        lines.append("sampling: " + ", ".join(f"{name} {value}" for name, value in sampling.items()))
-    lines += [f"edited: {describe(from_dict(edit))}" for edit in header["edits"] or ()]
+    created = sorted(filter(None, _all(header, "created")))
+    lines = [f"recorded {' to '.join(dict.fromkeys((created[0], created[-1])))}"] if created else []
+    for name in ("versions", "sampling"):
+        for said in _all(header, name):
+            lines += [f"{name}: " + ", ".join(f"{key} {value}" for key, value in said.items())] if said else []
+    edits = [edit for edits in _all(header, "edits") for edit in edits or ()]
+    lines += dict.fromkeys(f"edited: {describe(from_dict(edit))}" for edit in edits)
     labels = [sequence["label"] for sequence in header["sequences"] if sequence.get("label")]
     if labels:
         lines.append("labels: " + ", ".join(f"{name} {labels.count(name)}" for name in dict.fromkeys(labels)))
     return lines
+
+
+def _all(header: dict, name: str) -> list:
+    """What all sequences have, or else what each of them has, without repetition."""
+    if header[name] is not None:
+        return [header[name]]
+    each = [sequence.get(name) for sequence in header["sequences"]]
+    return [value for number, value in enumerate(each) if value not in each[:number]]
 
 
 def _tokens(trace: Trace) -> str:

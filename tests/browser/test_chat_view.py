@@ -1,8 +1,13 @@
 """The browser half of the chat, alone in a page: what it draws, what it tells the kernel, and that text stays text."""
 
+from base64 import b64encode
+
+import numpy as np
 import pytest
 
+from workbench.config import Config
 from workbench.widgets.chat import HERE, ChatView
+from workbench.widgets.tint import tint_facts
 
 pytestmark = pytest.mark.browser
 
@@ -28,7 +33,7 @@ OPEN = """async ([source, style]) => {
   window.close_view = window.open_view();
 }"""
 
-FACTS = {"model": "pocket", "context": 2048, "cache_factor": 6.4}
+FACTS = {"model": "pocket", "context": 2048, "cache_factor": 6.4} | tint_facts(Config.preset("pocket"))
 
 
 @pytest.fixture
@@ -49,9 +54,12 @@ class View:
     def sent(self, kind):
         return [message for message in self.page.evaluate("window.sent") if message["kind"] == kind]
 
-    def reply(self, text, pieces=None, finish="eos", answering=None, **stats):
-        """A question and a reply, each piece of it a token."""
-        steps = [step(number, piece) for number, piece in enumerate([text] if pieces is None else pieces)]
+    def reply(self, text, pieces=None, finish="eos", answering=None, changes=(), **stats):
+        """A question and a reply, each piece of it a token, with `changes` to the numbers of one or the other."""
+        steps = [
+            step(number, piece, **dict(changes).get(number, {}))
+            for number, piece in enumerate([text] if pieces is None else pieces)
+        ]
         turns = [
             {"key": 1, "role": "user", "text": "question"},
             {"key": 2, "role": "assistant", "steps": steps, "finish": finish, "error": None, "stats": stats},
@@ -61,15 +69,44 @@ class View:
             path=[[1, 0, 1, None, None], [2, 1, 3, 7, 8]],
         )  # fmt: skip
 
+    def tokens(self, *, by=None):
+        """The token view, coloured by one of its numbers: its tokens, the end of the reply left out."""
+        toggle = self.page.get_by_role("button", name="Tokens")
+        if toggle.get_attribute("aria-pressed") == "false":
+            toggle.click()
+        if by:
+            self.page.get_by_label("colour by").select_option(label=by)
+        return self.page.locator(".wbc-token:not(.wbc-end)")
+
+    def tints(self):
+        """For each token of the token view its share of full tint; None where it was not measured."""
+        read = """(tokens) => tokens.map((token) => token.classList.contains("wbc-unmeasured") ? null
+                    : Number(token.style.getPropertyValue("--tint")))"""
+        return self.page.locator(".wbc-token:not(.wbc-end)").evaluate_all(read)
+
+    @property
+    def legend(self):
+        return self.page.locator(".wbc-ends").inner_text().split("\n")
+
     @property
     def body(self):
         return self.page.locator(".wbc-reply .wbc-body")
 
 
 def step(token, text, **changes):
-    chosen = {"model": 0.5, "sampled": 0.8, "entropy": 1.25, "by_hand": 0} | changes
+    chosen = {"model": 0.5, "sampled": 0.8, "entropy": 1.25, "by_hand": 0, "ms": 20.0, "cache": 2048} | changes
     alternatives = [[token, text, 0.5, 0.8], [900, " other", 0.25, 0.2], [901, " never", 0.1, 0.0]]
-    return [token, text, chosen["model"], chosen["sampled"], chosen["entropy"], alternatives, chosen["by_hand"]]
+    return [
+        token, text, chosen["model"], chosen["sampled"], chosen["entropy"], alternatives, chosen["by_hand"],
+        chosen["ms"], chosen["cache"],
+    ]  # fmt: skip
+
+
+def readings(start, experts, margins, turn=2):
+    """As tint.py packs them: experts [tokens, 5 layers of pocket], the narrowest margin in layer 3."""
+    arrays = [np.array(experts, "<u1"), np.array(margins, "<f4"), np.full(len(margins), 2, "<u1")]
+    packed = [b64encode(array.tobytes()).decode() for array in arrays]
+    return {"turn": turn, "from": start} | dict(zip(("experts", "margins", "rows"), packed))
 
 
 def test_a_new_view_asks_for_everything_until_it_comes(view):
@@ -233,11 +270,156 @@ def test_no_branch_while_a_reply_is_generated(view):
 
 
 def test_the_token_view_shows_every_token_as_it_is_tinted_by_surprise(view):
-    view.reply("", ["**a", "**", "\n\n", "<b>"])
+    view.reply("", ["**a", "**", "\n\n", "<b>"], changes={1: {"model": 1.0}, 2: {"model": 0.0}})
+    assert view.tokens().all_text_contents() == ["**a", "**", "\n\n", "<b>"]
+    assert view.tints() == [0.5, 0, 1, 0.5]
+    assert view.legend == ["1", "0", "under the model, before sampling"]
+
+
+@pytest.mark.parametrize(
+    ("by", "name", "values", "tints", "legend"),
+    [
+        ("entropy", "entropy", [0.0, 1.0, 2.0], [0, 0.5, 1], ["0 nats", "≥ 2 nats", "of the model's distribution"]),
+        ("latency", "ms", [10.0, 25.0, 50.0], [0.2, 0.5, 1], ["0 ms", "≥ 50 ms", "of its step"]),
+        ("cache", "cache", [1024, 2048, 3072], [0.333, 0.667, 1], ["0 B", "≥ 3.0 KiB", "held after it"]),
+    ],
+)
+def test_tokens_are_tinted_by_the_number_that_is_chosen(view, by, name, values, tints, legend):
+    pieces = [f" t{n}" for n in range(60)]
+    view.reply("", pieces, changes={n: {name: value} for n, value in enumerate((values + 18 * [values[2]]) * 3)})
+    view.tokens(by=by)
+    assert view.tints()[:3] == tints
+    assert view.legend == legend
+    assert not view.sent("readings")
+
+
+def test_what_was_not_measured_is_hatched_and_never_a_zero(view):
+    by_hand = {"model": None, "ms": None, "cache": None, "entropy": None, "by_hand": 1}
+    view.reply("", ["a", "b", "c"], changes={1: by_hand})
+    view.tokens()
+    for by in ("probability", "entropy", "latency", "cache"):
+        view.tokens(by=by)
+        shares = view.tints()
+        assert shares[1] is None and None not in (shares[0], shares[2])
+        assert view.legend[-1] == "not measured"
+    view.page.locator(".wbc-token").nth(1).hover()
+    card = view.page.get_by_role("dialog")
+    card.wait_for()
+    assert "put here by you" in card.inner_text() and "cache: not measured" in card.inner_text()
+
+
+def test_a_reply_without_numbers_is_hatched_whole(view):
+    nothing = {"ms": None, "cache": None}
+    view.reply("", ["a", "b"], changes={0: nothing, 1: nothing})
+    view.tokens(by="latency")
+    assert view.tints() == [None, None]
+
+
+def test_experts_have_the_hue_of_their_group_once_the_kernel_said_who_read_the_tokens(view):
+    view.reply("", ["a", "b", "c"], finish=None, answering=2)
+    tokens = view.tokens(by="expert, layer 3")
+    (asked,) = view.sent("readings")
+    assert asked["on"] and asked["view"] == view.sent("ready")[0]["view"]
+    assert view.tints() == [None, None, None]
+    view.tell(kind="readings", readings=[readings(0, [[0, 0, 5, 0, 0], [0, 0, 30, 0, 0]], [0.1, 0.2])])
+    hues = tokens.evaluate_all("(tokens) => tokens.map((token) => token.style.getPropertyValue('--hue'))")
+    assert hues == ["#e69f00", "#999999", ""] and view.tints()[2] is None
+    news = [readings(2, [[0, 0, 31, 0, 0]], [0.3])]
+    view.tell(kind="steps", turn=2, **{"from": 3}, steps=[step(3, "d")], stats={}, readings=news)
+    hues = tokens.evaluate_all("(tokens) => tokens.map((token) => token.style.getPropertyValue('--hue'))")
+    assert hues == ["#e69f00", "#999999", "#999999", ""], "a token is read by the pass after it"
+    assert view.legend[:2] == ["0–3", "4–7"] and view.legend[-1] == "not measured"
+    tokens.nth(1).hover()
+    card = view.page.get_by_role("dialog")
+    card.wait_for()
+    assert "layer 3: expert 30, of group 7" in card.inner_text()
+    assert "latency 20 ms · cache 2.0 KiB" in card.inner_text()
+
+
+def test_margins_are_the_narrowest_and_what_was_forced_is_tinted_in_full(view):
+    view.reply("", [f" t{n}" for n in range(21)])
+    view.tokens(by="margin")
+    view.tell(kind="readings", readings=[readings(0, [[0] * 5] * 20, [0.03, 0.0075, -0.5] + 17 * [0.03])])
+    assert view.tints() == [0, pytest.approx(0.5, abs=0.01), 1] + 17 * [0] + [None]
+    assert view.legend == ["≥ 0.03", "0", "narrowest of 5 layers, square root", "not measured"]
+    view.page.locator(".wbc-token").nth(1).hover()
+    view.page.get_by_role("dialog").wait_for()
+    assert "margin 0.007 in layer 3, the narrowest" in view.page.get_by_role("dialog").inner_text()
+
+
+def test_the_kernel_is_asked_for_readings_only_while_they_are_shown(view):
+    view.reply("", ["a", "b"])
+    view.tokens(by="margin")
+    view.tokens(by="expert, layer 1")
+    view.tokens(by="entropy")
+    view.tokens(by="margin")
     view.page.get_by_role("button", name="Tokens").click()
-    tokens = view.page.locator(".wbc-token:not(.wbc-end)")
-    assert tokens.all_text_contents() == ["**a", "**", "\n\n", "<b>"]
-    assert tokens.first.evaluate("(token) => token.style.getPropertyValue('--surprise')") == "0.500"
+    assert [message["on"] for message in view.sent("readings")] == [True, False, True, False]
+
+
+def test_readings_that_leave_a_gap_or_were_forgotten_are_asked_for_again(view):
+    view.reply("", ["a", "b"])
+    view.tokens(by="margin")
+    view.tell(kind="readings", readings=[readings(1, [[0] * 5], [0.1])])
+    assert len(view.sent("readings")) == 2 and view.tints() == [None, None]
+    view.reply("", ["a", "b"])
+    assert [message["on"] for message in view.sent("readings")] == [True, True, True]
+
+
+def test_a_model_without_experts_offers_no_colours_of_them(view):
+    view.tell(
+        kind="path", view=None, fresh=True, facts=FACTS | {"layers": [], "experts": 0}, turns=[], answering=None,
+        path=[], readings=[],
+    )  # fmt: skip
+    options = view.page.get_by_label("colour by").locator("option").all_text_contents()
+    assert options == ["probability", "entropy", "latency", "cache"]
+
+
+def test_with_the_explorer_open_a_click_or_enter_on_a_token_moves_it(view):
+    view.reply("", ["The", " answer", "."])
+    view.tell(kind="exploring", on=True)
+    token = view.page.locator(".wbc-token", has_text="answer")
+    token.click()
+    assert view.sent("look") == [{"kind": "look", "turn": 2, "index": 1}]
+    assert token.get_attribute("aria-current") == "true"
+    view.page.get_by_role("dialog").wait_for()
+    view.body.focus()
+    view.page.keyboard.press("ArrowRight")
+    view.page.keyboard.press("Enter")
+    assert view.sent("look")[1:] == [{"kind": "look", "turn": 2, "index": 2}]
+    view.page.keyboard.press("Enter")
+    assert len(view.sent("look")) == 2, "entered once more, its alternatives are opened"
+    assert view.page.evaluate("document.activeElement.closest('.wbc-card') !== null")
+
+
+def test_with_the_explorer_closed_a_click_opens_the_card_alone(view):
+    view.reply("", ["The", " answer", "."])
+    view.page.locator(".wbc-token", has_text="answer").click()
+    view.page.get_by_role("dialog").wait_for()
+    assert not view.sent("look")
+
+
+def test_the_token_that_the_explorer_looks_at_is_marked_in_text_and_tokens(view):
+    view.reply("", ["The", " answer", "."], finish=None, answering=2)
+    marked = view.page.locator(".wbc-looked")
+    view.tell(kind="looked", turn=2, index=1)
+    assert marked.all_text_contents() == [" answer"]
+    view.tell(kind="steps", turn=2, **{"from": 3}, steps=[step(3, " More")], stats={}, readings=[])
+    assert marked.all_text_contents() == [" answer"]
+    view.tokens()
+    assert marked.all_text_contents() == [" answer"]
+    view.tell(kind="done", turn=2, finish="eos", error=None, stats={})
+    view.tell(kind="looked", turn=2, index=3)
+    assert marked.all_text_contents() == [" More"] and marked.get_attribute("aria-current") == "true"
+    view.tell(kind="looked", turn=None, index=None)
+    assert marked.count() == 0 and view.page.locator("[aria-current]").count() == 0
+
+
+def test_a_token_out_of_sight_is_scrolled_to_in_the_conversation(view):
+    view.reply("", [f"line {n}\n\n" for n in range(60)])
+    view.tell(kind="looked", turn=2, index=2)
+    log, token = view.page.locator(".wbc-log").bounding_box(), view.page.locator(".wbc-looked").bounding_box()
+    assert log["y"] <= token["y"] <= log["y"] + log["height"]
 
 
 def test_figures_say_speed_prefill_cache_context_and_why_it_ended(view):

@@ -183,6 +183,8 @@ def test_an_edit_while_answering_is_refused_and_the_reply_goes_on(panel):
 def test_a_long_answer_with_everything_open_is_gentle_to_the_wire(panel, wire):
     panel.exploring = True
     panel.sampling = RAMBLE
+    for message in ({"kind": "ready", "view": "v"}, {"kind": "readings", "view": "v", "on": True}):  # tokens by expert
+        panel._view._handle_custom_msg(message, [])
     del wire[:]
     panel.send("Tell me everything.")
     panel.wait(SECONDS)

@@ -165,3 +165,8 @@ def test_a_histogram_counts_every_value_once_and_shows_the_mark():
 def test_a_histogram_of_one_value_is_one_bar():
     [bar] = histogram({"null": [2.0, 2.0]}, "Twice", "bits", bins=3).data
     assert sum(bar.y) == 2
+
+
+def test_a_histogram_may_be_given_its_range():
+    [bar] = histogram({"p": [0.04, 0.06, 0.96, 1.0]}, "p", "p", bins=20, span=(0, 1)).data
+    assert list(bar.y)[:2] == [1, 1] and bar.y[-1] == 2 and bar.x[0] == pytest.approx(0.025)

@@ -2,9 +2,10 @@
 
 What "off" costs can only be told against code without probes. A second model kept by hand would drift from the first,
 a branch for "no probe" would itself be the cost in question, and another implementation differs in more than probes.
-So the baseline is made from workbench/model.py when it is needed, on its syntax tree: `probe(site, x)` becomes x, `read`
-and the beginning and end of a pass go, and of `if probe.opens(...)` what happens where nothing is opened remains. One
-trace of probes is left in it: the router finds the best expert that was not chosen in the same operation as the chosen.
+So the baseline is made from workbench/model.py when it is needed, on its syntax tree: `probe(site, x)` becomes x,
+`read` and the beginning and end of a pass go, and of `if probe.opens(...)` what happens where nothing is opened
+remains. One trace of probes is left in it: the router finds the best expert that was not chosen in the same operation
+as the chosen.
 """
 
 import ast

@@ -101,14 +101,17 @@ def histogram(
     axis: str,
     bins: int = 30,
     marks: Mapping[str, float] | None = None,
+    span: tuple[float, float] | None = None,
 ) -> Plot:
-    """How often values fall into each of `bins` equal parts of their range, a colour a name; `axis` is what they are.
+    """How often values fall into each of `bins` equal parts of `span`, a colour a name; `axis` is what they are.
 
-    `marks` are single values to be seen beside them, as dashed lines with their names; the range takes them in.
+    `marks` are single values to be seen beside them, as dashed lines with their names. `span` is by default from the
+    lowest to the highest of all, marks included; what lies outside is not drawn.
     """
     marks = dict(marks or {})
     every = np.concatenate([np.asarray(list(each), float) for each in (*values.values(), marks.values())])
-    edges = np.linspace(every.min(), every.max() if every.max() > every.min() else every.min() + 1, bins + 1)
+    low, high = span or (float(every.min()), float(every.max()))
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1)
     middles = (edges[:-1] + edges[1:]) / 2
     counts = {name: np.histogram(each, edges)[0] for name, each in values.items()}
     table = pd.DataFrame(counts, index=pd.Index([float(f"{middle:.3g}") for middle in middles], name=axis))

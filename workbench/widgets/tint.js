@@ -2,7 +2,7 @@
 
 const COLUMNS = { probability: 2, entropy: 4, ms: 7, cache_bytes: 8 }; // of a step, see inspect.js
 const OF_READING = ["margin", "expert"];
-const NOTES = { probability: ", before sampling", entropy: "of what could have come", ms: "of its step", cache_bytes: "held after it" };
+const NOTES = { probability: ", before sampling", entropy: "of the model's distribution", ms: "of its step", cache_bytes: "held after it" };
 
 /** How the tokens of one reply were read: the strongest expert of every layer, and the narrowest margin of all. */
 export class Readings {
