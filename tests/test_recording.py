@@ -68,14 +68,8 @@ def test_the_trace_is_that_of_the_same_prompt_alone(checkpoint, write, tmp_path)
     bench = load(str(checkpoint), device="cpu", dtype="fp32")
     texts = ["Hello", "What is this?", "One, two", "A cat"]
     prompts = write(*texts)
-    recording.record(
-        bench,
-        prompts,
-        read_prompts(prompts, chat=False),
-        tmp_path / "a.parquet",
-        Sampling(max_tokens=6, seed=3),
-        slots=2,
-    )
+    sampling, asked = Sampling(max_tokens=6, seed=3), read_prompts(prompts, chat=False)
+    recording.record(bench, prompts, asked, tmp_path / "a.parquet", sampling, slots=2)
     trace = Trace.load(tmp_path / "a.parquet")
     for number, text in enumerate(texts):
         alone = bench.generate(text, sampling).trace
