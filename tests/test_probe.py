@@ -162,6 +162,9 @@ class Strip(ast.NodeTransformer):
     def visit_Expr(self, node):
         called = node.value.func if isinstance(node.value, ast.Call) else None
         if isinstance(called, ast.Name) and called.id == "read":
+            assert all(isinstance(each, ast.Name | ast.Constant) for each in node.value.args), (
+                "computed only to be shown"
+            )
             self.sites += 1
             return None
         if isinstance(called, ast.Attribute) and ast.unparse(called) == "probe.end":

@@ -13,6 +13,8 @@ ROUTING = (Ablate, Bias, Force, TopK, ReplayRouting)
 def check(edits: Sequence[Edit], config: Config) -> None:
     """RequestError for an edit that this model has no place for, and for edits that leave a token too few experts."""
     moe = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
+    if isinstance(edits, Edit):
+        raise RequestError(f"edits come as a list, also a single one: [{edits!r}].")
     for edit in edits:
         if not isinstance(edit, Edit):
             raise RequestError(f"edits are made with wb.Ablate, wb.TopK and so on; got {edit!r}.")

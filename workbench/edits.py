@@ -119,6 +119,8 @@ class ReplayRouting(Edit):
 
     def __post_init__(self):
         super().__post_init__()
+        if not hasattr(self.trace, "sequence"):
+            raise RequestError(f"a Trace is needed, such as wb.Trace.load gives; got {self.trace!r:.60}.")
         one = self.trace.sequence(0)
         if not len(one.layers) or not (one.experts >= 0).any():
             raise RequestError("this trace has no routing to replay.")

@@ -189,6 +189,9 @@ def layers_with(site: str, config: Config) -> list[int | None]:
 
 def known(sites: Iterable[str]) -> tuple[str, ...]:
     """The sites, each once. RequestError for a name that is not in the table, or for none."""
+    sites = tuple(sites)
+    if not all(isinstance(site, str) for site in sites):
+        raise RequestError(f"sites are given by their names, one after the other; got {sites}.")
     sites = tuple(dict.fromkeys(sites))
     wrong = [site for site in sites if site not in SITES]
     if wrong or not sites:

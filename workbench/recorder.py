@@ -1,8 +1,9 @@
 """The Recorder: a probe that keeps what passes the sites it was asked to watch."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
+import numpy as np
 import torch
 
 from workbench.config import Config
@@ -28,13 +29,13 @@ class Recorder(Probe):
     def __init__(
         self,
         *sites: str,
-        layers: Iterable[int] | None = None,
-        positions: Iterable[int] | None = None,
+        layers: int | Iterable[int] | None = None,
+        positions: int | Iterable[int] | None = None,
         limit: int = LIMIT,
     ):
         self.sites = known(sites)
-        self.layers = None if layers is None else frozenset(layers)
-        self.positions = None if positions is None else positions if isinstance(positions, range) else set(positions)
+        self.layers = None if layers is None else frozenset(_several("layers", layers))
+        self.positions = None if positions is None else _several("positions", positions)
         self.limit = limit
         self.nbytes = 0
         self._pieces: dict[tuple[str, int | None], list[torch.Tensor]] = {}
@@ -168,6 +169,19 @@ class _Layer(Probe):
         if site in self.sites:
             self.parent.keep(site, self.layer, x)
         return x
+
+
+def _several(name: str, numbers: int | Iterable[int]) -> Collection[int]:
+    """A range as it is, which may be long; anything else as a set."""
+    if isinstance(numbers, range):
+        return numbers
+    try:
+        chosen = {numbers} if isinstance(numbers, int) else set(numbers)
+    except TypeError:
+        chosen = None
+    if not chosen or any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 0 for n in chosen):
+        raise RequestError(f"{name} must be whole numbers, 0 or more, or a range; got {numbers!r}.")
+    return chosen
 
 
 def _joined(site: str, pieces: list[torch.Tensor]) -> torch.Tensor:

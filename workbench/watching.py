@@ -9,6 +9,7 @@ import torch
 
 from workbench.checkpoint import fingerprint
 from workbench.config import Config
+from workbench.editcheck import check
 from workbench.editing import Editing
 from workbench.edits import Edit, describe, to_dict
 from workbench.errors import RequestError
@@ -30,6 +31,7 @@ class Watch:
 
     def __init__(self, model: Model, name: str, edits: Sequence[Edit] = (), sites: Sequence[str] = (), scores=False):
         self.model, self.name, self.config = model, name, model.config
+        check(edits, self.config)
         self.edits, self.scores = tuple(edits), bool(scores)
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         self.editing = Editing(self.edits, self.config, [], model.device) if self.edits else None

@@ -1,4 +1,4 @@
-"""What the chat is told of its tokens beside their records, and of the one that the explorer looks at: once, and little."""
+"""What the chat is told of its tokens beside their records, and of the one the explorer looks at: once, and little."""
 
 import json
 import threading
@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from widgets.routed import GREEDY, routed_trace
 
 import workbench as wb
-from widgets.routed import GREEDY, routed_trace
 from workbench.config import Config
 from workbench.widgets import looked
 from workbench.widgets.geometry import last_margin
