@@ -144,7 +144,7 @@ class ReplayRouting(Edit):
 class Scale(Edit):
     """Multiplies what passes a site by `factor`; 0 removes it.
 
-    index: which entry of the first dimension after batch and token: the head of attn.z, the slot of moe.gates. None: all.
+    index: which entry of the first dimension after batch and token (head of attn.z, slot of moe.gates); None: all
     """
 
     site: str

@@ -151,7 +151,8 @@ def whole_trace(turn: Turn, trace: "Trace", said: int) -> "Trace":
     columns = {"logprob": "logprob", "probability": "probability", "entropy": "entropy", "ms": "seconds"}
     for column, name in columns.items():
         unit = 1000 if column == "ms" else 1
-        values = [getattr(record, name) for record in records]
+        # a token put there by hand took no step of its own
+        values = [None if record.by_hand and column == "ms" else getattr(record, name) for record in records]
         known = [math.nan if value is None else unit * value for value in values]
         trace.tokens.loc[rows, column] = np.array(known, np.float32)
     return trace

@@ -136,3 +136,9 @@ def test_a_saved_notebook_shows_both_as_text_table_and_picture(made):
     assert "parts at position 3" in page["text/plain"]
     assert "<b>" not in page["text/html"] and "<i>" not in page["text/html"] and "&lt;b&gt;" in page["text/html"]
     assert page["image/png"].startswith(b"\x89PNG") and len(page["image/png"]) < 100_000
+
+
+def test_a_line_break_in_a_token_can_be_drawn_too():
+    lists = ["<user>", "list", "1", "\n", "2\r\n\t"]
+    page = SideBySide(routed_trace(lists), routed_trace([*lists[:3], " ", "3"]))._repr_mimebundle_()
+    assert page["image/png"]

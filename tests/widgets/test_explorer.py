@@ -134,7 +134,8 @@ def test_ablating_the_top_expert_of_a_token_reruns_the_reply_and_compares(panel)
 
 
 def test_the_same_seed_without_edits_gives_the_same_reply(panel):
-    panel.sampling = wb.Sampling(temperature=1.5, max_tokens=20)
+    # few candidates: what is reused of the prompt rounds differently, and among many unlikely ones a tie would decide
+    panel.sampling = wb.Sampling(temperature=1.0, top_k=4, max_tokens=20)
     turn = ask(panel)
     panel.rerun([])
     panel.wait(SECONDS)

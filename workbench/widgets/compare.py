@@ -14,6 +14,7 @@ from workbench.lens.difference import Difference, diff
 from workbench.trace import Trace
 from workbench.widgets import picture
 from workbench.widgets.live import whole
+from workbench.widgets.tokens import visible
 from workbench.widgets.view import View, script, short
 
 if TYPE_CHECKING:
@@ -204,9 +205,8 @@ class SideBySide(View):
             title = f"{label}: {len(there)} tokens" + ("" if side == "a" else f"; {self._parting()}")
             prompt = (~there["generated"]).tolist()
             shade = apart[there.index].tolist()
-            drawn = picture.strip(
-                there[f"text {side}"].tolist(), shade, prompt, title, ("the same experts", "none in common")
-            )
+            pieces = [visible(piece) for piece in whole(there[f"text {side}"])]
+            drawn = picture.strip(pieces, shade, prompt, title, ("the same experts", "none in common"))
             images.append(Image.open(io.BytesIO(drawn)).convert("RGB"))
         page = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), picture.PAPER)
         page.paste(images[0], (0, 0))
