@@ -136,6 +136,8 @@ class Explorer(ipywidgets.VBox):
         """Shows two replies side by side. RequestError unless both are complete."""
         if before.trace is None or after.trace is None:
             raise RequestError("both replies must be complete and made in this session, with their traces.")
+        if self.compared is not None:
+            self.compared.leave()  # not closed: a cell may show it
         self.compared = SideBySide(before.trace, after.trace, selection=self.selection)
         self._beside.children = (self.compared,)
         self._sections.selected_index = 2
