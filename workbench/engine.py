@@ -12,6 +12,7 @@ from workbench.cache import LatentCache
 from workbench.chat import Prompt, Span, detect, render
 from workbench.edits import Edit
 from workbench.errors import RequestError
+from workbench.formats import cache_format
 from workbench.model import Model
 from workbench.probe import Probe
 from workbench.reply import Reply, Stats, Step
@@ -86,6 +87,20 @@ class Engine:
         self.model, self.tokenizer, self.cache_format, self.name = model, tokenizer, cache_format, name
         self.context = model.config.max_position_embeddings
         self._held: _Held | None = None
+
+    def convert_cache(self, format: str) -> list[tuple[float, float]]:
+        """Keeps what is cached, and what comes, in another format from now on. Of each layer what that cost: see
+        LatentCache.convert; nothing where nothing is cached. A stream that is running goes on in the old one.
+        """
+        name = cache_format(format).name
+        held, errors = self._held, []
+        if held is not None and name != held.cache.format:
+            if held.cache.pool.format.recent or cache_format(format).recent:
+                self._held = None  # windows belong to their sequence: the next stream reads its prompt anew
+            else:
+                errors = held.cache.convert(name)
+        self.cache_format = name
+        return errors
 
     def new_cache(self, batch: int = 1, format: str | None = None) -> LatentCache:
         return LatentCache(self.model.config, batch, format or self.cache_format, self.model.device)
@@ -171,7 +186,7 @@ class Engine:
         """A cache to go on with, and how many tokens of it: those of the same text, read under the same edits."""
         watch, reply = watched.watch, watched.reply
         boundary = reply.stats.prompt_tokens if any(edit.phase for edit in watch.edits) else None
-        if held is None:
+        if held is None or held.cache.format != self.cache_format:
             return _Held([], self.new_cache(), watched.log, watch.edits, boundary, frozenset()), 0
         same = not watch.recording and held.edits == watch.edits and held.boundary == boundary
         kept = min(_shared(held.tokens, reply.tokens), len(reply.tokens) - 1) if same else 0

@@ -4,7 +4,9 @@ B batch, T new tokens, S tokens so far, D hidden, H heads, Q query latent, C lat
 head, R rotary width, V value width, W = C + R the cached row, E experts, K chosen, I expert width.
 """
 
+from collections.abc import Callable, Iterable
 from functools import reduce
+from itertools import chain
 from operator import add
 from typing import Protocol
 
@@ -100,10 +102,7 @@ class Attention(nn.Module):
         elif cache is None:
             z = self.read(content, position, rows)
         else:
-            each = [
-                self.read(content[b : b + 1], position[b : b + 1], cache.rows(self.layer, b, x.dtype)[None])
-                for b in range(cache.batch)
-            ]
+            each = [self.recall(content[b : b + 1], position[b : b + 1], cache, b) for b in range(cache.batch)]
             z = torch.cat(each) if len(each) > 1 else each[0]
         return ops.linear(probe("attn.z", z).flatten(-2), self.out)
 
@@ -112,22 +111,61 @@ class Attention(nn.Module):
         form = self.absorbed if absorbing_is_cheaper(self.config, content.shape[1], rows.shape[1]) else self.expanded
         return form(content, position, rows)
 
-    def absorbed(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """kv_up moved to the query and the output side, so one cached row serves every head (section 2.1.2)."""
+    def recall(
+        self, content: torch.Tensor, position: torch.Tensor, cache: LatentCache, sequence: int
+    ) -> torch.Tensor:
+        """`read` against the rows of one sequence in a cache, which are unpacked some at a time: never all at once."""
+        new, length = content.shape[1], cache.sequences[sequence].end
+        size = ops.rows_at_once(new, self.config.num_attention_heads)
+        chunks = (rows[None] for rows in cache.chunks(self.layer, sequence, content.dtype, size))
+        form = self.absorbed if absorbing_is_cheaper(self.config, new, length) else self.expanded
+        return form(content, position, chunks, length)
+
+    def absorbed(
+        self,
+        content: torch.Tensor,
+        position: torch.Tensor,
+        rows: torch.Tensor | Iterable[torch.Tensor],
+        length: int | None = None,
+    ) -> torch.Tensor:
+        """kv_up moved to the query and the output side, so one cached row serves every head (section 2.1.2).
+
+        rows [B, S, W], or chunks of them, of `length` together.
+        """
         up_key, up_value = self.kv_up.unflatten(0, (self.config.num_attention_heads, -1)).split(
             [self.config.qk_nope_head_dim, self.config.v_head_dim], 1
         )  # [H, N, C], [H, V, C]
         latent = (content.transpose(1, 2) @ up_key).transpose(1, 2)
         query = torch.cat([latent, position], -1)  # [B, T, H, W]
-        key = rows[:, :, None]
-        out = ops.attend(query, key, key[..., : self.config.kv_lora_rank], self.scale)  # [B, T, H, C]
+
+        def shared(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rows[:, :, None], rows[:, :, None, : self.config.kv_lora_rank]
+
+        out = self._attend(query, rows, length, shared)  # [B, T, H, C]
         return (out.transpose(1, 2) @ up_value.mT).transpose(1, 2)
 
-    def expanded(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Keys and values of every head rebuilt from the rows, for this call only."""
-        key, k_rope, value = self.rebuilt(rows)
-        key = torch.cat([key, k_rope[:, :, None].expand(-1, -1, key.shape[2], -1)], -1)
-        return ops.attend(torch.cat([content, position], -1), key, value, self.scale)
+    def expanded(
+        self,
+        content: torch.Tensor,
+        position: torch.Tensor,
+        rows: torch.Tensor | Iterable[torch.Tensor],
+        length: int | None = None,
+    ) -> torch.Tensor:
+        """Keys and values of every head rebuilt from the rows, for this call only. `rows` as in `absorbed`."""
+
+        def own(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            key, k_rope, value = self.rebuilt(rows)
+            return torch.cat([key, k_rope[:, :, None].expand(-1, -1, key.shape[2], -1)], -1), value
+
+        return self._attend(torch.cat([content, position], -1), rows, length, own)
+
+    def _attend(self, query: torch.Tensor, rows, length: int | None, keys: Callable) -> torch.Tensor:
+        if isinstance(rows, torch.Tensor):
+            return ops.attend(query, *keys(rows), self.scale)
+        first = next(rows := iter(rows))
+        if first.shape[1] == length:
+            return ops.attend(query, *keys(first), self.scale)
+        return ops.attend_in_parts(query, map(keys, chain([first], rows)), length, self.scale)
 
     def rebuilt(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What rows [B, S, W] stand for: keys [B, S, H, N], the rotary key all share [B, S, R], values [B, S, H, V]."""
