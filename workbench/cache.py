@@ -14,7 +14,10 @@ from workbench.config import Config
 from workbench.errors import RequestError
 from workbench.formats import Format, Plain, Row, cache_format
 
+Device = torch.device | str
+
 BLOCK = 64
+PIECE = 16 * BLOCK  # rows that are converted together
 
 
 class Pool:
@@ -24,14 +27,15 @@ class Pool:
     tokens, 3 % of what attention reads in the same 64 steps, and no byte is held that no token needs.
     """
 
-    def __init__(self, config: Config, format: Format, device: torch.device | str):
+    def __init__(self, config: Config, format: Format, device: Device):
         self.format = format
         self.row = Row(config.kv_lora_rank, config.qk_rope_head_dim)
         self.device = torch.device(device)
         self.blocks = 0
         self.users: Counter[int] = Counter()  # how many sequences share a block; a free block is absent
         self.orphans: list[list[int]] = []  # tables of sequences that were dropped, to be released
-        self.windows: weakref.WeakSet[Window] = weakref.WeakSet()
+        self.sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        self.recent = min(format.recent, config.max_position_embeddings)
         self.layers = [self._empty(0) for _ in range(config.num_hidden_layers)]
 
     def _empty(self, blocks: int) -> list[torch.Tensor]:
@@ -45,7 +49,7 @@ class Pool:
     @property
     def nbytes(self) -> int:
         packed = sum(part.untyped_storage().nbytes() for parts in self.layers for part in parts)
-        return packed + sum(window.nbytes for window in self.windows)
+        return packed + sum(sequence.window.nbytes for sequence in self.sequences if sequence.window)
 
     def take(self, count: int) -> list[int]:
         """Blocks nobody uses, lowest first, so that a lone sequence stays contiguous."""
@@ -80,25 +84,36 @@ class Pool:
             for part in parts:
                 part[target * BLOCK : (target + 1) * BLOCK] = part[source * BLOCK : (source + 1) * BLOCK]
 
+    @torch.inference_mode(False)
     def convert(self, format: Format) -> list[tuple[float, float]]:
-        """Packs every row anew. Of each layer the relative error of latent and rotary key: root mean square of what
-        changed over that of what was there.
+        """Packs every row anew, a few blocks at a time. Of each layer the relative error of latent and rotary key, over
+        the rows that hold a token: root mean square of what changed over that of what was there.
+
+        The old rows are held to the end, so that an interrupt leaves the pool as it was.
         """
-        errors, old = [], self.format
-        self.format = format
-        for layer, parts in enumerate(self.layers):  # layer by layer: never twice the whole cache
-            rows = old.unpack(tuple(parts), self.row, torch.float32)
-            new = list(format.pack(rows, self.row))
-            after = format.unpack(tuple(new), self.row, torch.float32)
-            used = torch.tensor(sorted(self.users), dtype=torch.int64, device=self.device)
-            where = (used[:, None] * BLOCK + torch.arange(BLOCK, device=self.device)).flatten()
-            errors.append(tuple(_relative(a, b) for a, b in zip(self._split(after[where]), self._split(rows[where]))))
-            with torch.inference_mode(False):
-                self.layers[layer] = [part.clone() for part in new]
+        written = self._written()
+        layers, errors = [], []
+        for parts in self.layers:
+            packed, sums = [], torch.zeros(2, 2, dtype=torch.float64, device=self.device)
+            for start in range(0, max(1, len(written)), PIECE):
+                rows = self.format.unpack(tuple(part[start : start + PIECE] for part in parts), self.row, torch.float32)
+                packed.append(format.pack(rows, self.row))
+                there = written[start : start + PIECE]
+                rows, after = rows[there], format.unpack(packed[-1], self.row, torch.float32)[there]
+                for of, kind in enumerate((after - rows, rows)):
+                    sums[of] += torch.stack([x.double().square().sum() for x in kind.split(list(self.row), -1)])
+            layers.append([torch.cat(pieces) for pieces in zip(*packed, strict=True)])
+            changed, there = sums.sqrt().tolist()
+            errors.append(tuple(a / b if b else 0.0 for a, b in zip(changed, there, strict=True)))
+        self.format, self.layers = format, layers
         return errors
 
-    def _split(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return rows.split([self.row.latent, self.row.rope], -1)
+    def _written(self) -> torch.Tensor:
+        """For every row, whether it holds a token: bool [blocks x 64]."""
+        written = torch.zeros(self.blocks * BLOCK, dtype=torch.bool, device=self.device)
+        for sequence in self.sequences:
+            written[_span(sequence.where, 0, sequence.length)] = True
+        return written
 
     def _resize(self, blocks: int) -> None:
         kept = min(blocks, self.blocks) * BLOCK
@@ -114,11 +129,10 @@ class Window:
     """The last tokens of one sequence in bf16, every layer: position p is at p modulo their number."""
 
     def __init__(self, pool: Pool):
-        shape = (pool.format.recent, pool.row.width)
+        shape = (pool.recent, pool.row.width)
         with torch.inference_mode(False):
             self.layers = [torch.empty(shape, dtype=torch.bfloat16, device=pool.device) for _ in pool.layers]
         self.start = 0  # no position before it is here
-        pool.windows.add(self)
 
     @property
     def nbytes(self) -> int:
@@ -161,8 +175,10 @@ class Sequence:
 
     def __init__(self, pool: Pool, table: list[int], length: int, window: Window | None = None):
         self.table, self.length, self.window = table, length, window
-        self.end = length  # position after the last one that `where` covers
-        self.where: slice | torch.Tensor = slice(0, 0)  # rows of the pool, in order of position
+        self.end: int  # position after the last one that `where` covers
+        self.where: slice | torch.Tensor  # rows of the pool, in order of position
+        self.locate(length, pool.device)
+        pool.sequences.add(self)
         # only noted: the garbage collector may come by in the middle of anything, a resize for instance
         weakref.finalize(self, pool.orphans.append, table).atexit = False
 
@@ -180,13 +196,13 @@ class Sequence:
 class LatentCache:
     """What the model remembers of `batch` sequences. A forward pass reserves, appends in every layer, then advances."""
 
-    def __init__(self, config: Config, batch: int = 1, format: str | Format = "bf16", device: torch.device | str = "cpu"):
+    def __init__(self, config: Config, batch: int = 1, format: str | Format = "bf16", device: Device = "cpu"):
         self.config = config
         self.pool = Pool(config, cache_format(format), device)
         self.sequences = [Sequence(self.pool, [], 0, self._window()) for _ in range(batch)]
 
     @classmethod
-    def for_model(cls, config: Config, batch: int = 1, format: str | Format = "bf16", device: torch.device | str = "cpu"):
+    def for_model(cls, config: Config, batch: int = 1, format: str | Format = "bf16", device: Device = "cpu"):
         """An empty cache for a model of this shape."""
         return cls(config, batch, format, device)
 
@@ -246,6 +262,7 @@ class LatentCache:
             dropped = each.table[kept:]
             del each.table[kept:]
             each.length = length
+            each.locate(length, self.pool.device)
             if each.window:
                 each.window.truncate(length)
             self.pool.release(dropped)
@@ -271,6 +288,8 @@ class LatentCache:
             missing = -(-needed // BLOCK) - len(sequence.table)  # negative after an interrupted pass that wanted more
             sequence.table += self.pool.take(max(0, missing))
             sequence.locate(needed, self.pool.device)
+            if sequence.window:
+                sequence.window.truncate(sequence.length)  # of what a pass wrote that was interrupted
 
     def append(self, layer: int, rows: torch.Tensor) -> None:
         """Writes rows [B, T, W] of one layer after the last token. Lengths move once per pass, in advance()."""
@@ -296,8 +315,9 @@ class LatentCache:
         one = self.sequences[sequence]
         format = self.pool.format
         whole = isinstance(format, Plain) and format.dtype == dtype and isinstance(one.where, slice) and not one.window
-        for start in range(0, one.end, one.end if whole else size):
-            yield self._unpacked(layer, one, start, one.end if whole else min(start + size, one.end), dtype)
+        size = max(1, one.end) if whole else size
+        for start in range(0, one.end, size):
+            yield self._unpacked(layer, one, start, min(start + size, one.end), dtype)
 
     def convert(self, format: str | Format) -> list[tuple[float, float]]:
         """Stores every row, of all sequences and forks that share the pool, in another format from now on.
@@ -310,6 +330,8 @@ class LatentCache:
         if format.recent or self.pool.format.recent:
             raise RequestError("a cache with recent tokens kept wide is made anew, not converted: bench.new_cache().")
         self.pool.reap()
+        if format == self.pool.format:
+            return [(0.0, 0.0)] * len(self.pool.layers)
         return self.pool.convert(format)
 
     def _unpacked(self, layer: int, sequence: Sequence, start: int, end: int, dtype: torch.dtype) -> torch.Tensor:
@@ -325,8 +347,3 @@ class LatentCache:
 
 def _span(where: slice | torch.Tensor, start: int, end: int) -> slice | torch.Tensor:
     return slice(where.start + start, where.start + end) if isinstance(where, slice) else where[start:end]
-
-
-def _relative(after: torch.Tensor, before: torch.Tensor) -> float:
-    size = float(before.float().square().mean().sqrt()) if before.numel() else 0.0
-    return float((after - before).square().mean().sqrt()) / size if size else 0.0

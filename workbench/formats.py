@@ -1,8 +1,9 @@
 """A Format is how the elements of a cache row are stored: packed into one or more tensors, unpacked to compute with.
 
-A row is the latent (C elements, kv_lora_rank) and then the rotary key (R elements, qk_rope_head_dim): 512 + 64 in V2. The
-two are packed apart, because they differ: the latent has outlying channels, and an error in the rotary key moves the
-score of every head. What was tried for the 6-bit default, and lost, is in kernels/results and the notebook on the cache.
+A row is the latent (C elements, kv_lora_rank) and then the rotary key (R elements, qk_rope_head_dim): 512 + 64 in V2.
+The two are packed apart, because they differ: the latent has outlying channels, and an error in the rotary key moves
+the score of every head. What was tried for the 6-bit default, and lost, is in kernels/results and the notebook on the
+cache.
 """
 
 import math
@@ -33,7 +34,11 @@ class Row(NamedTuple):
 
 
 class Codec(Protocol):
-    """How a vector of any width is stored."""
+    """How a vector of any width is stored.
+
+    One with a NaN or an infinity in it, or with an element too large for its scale, comes back with NaN (in full, or in
+    that tile), never as other numbers: sampling refuses what the model makes of it.
+    """
 
     def layout(self, width: int) -> Layout: ...
 
@@ -108,7 +113,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Groups:
-    """Whole numbers of `bits` bits in groups, each with a scale of 8 bits, which are parts of one fp16 scale of the vector.
+    """Whole numbers of `bits` bits in groups, each with a scale of 8 bits: parts of one fp16 scale of the vector.
 
     The scale of a group is the one of STEPS with the least squared error: clipping its largest element by a little can
     serve the others more.
@@ -232,16 +237,20 @@ CACHE_FORMATS = {format.name: format for format in FORMATS}
 
 
 def cache_format(name: str | Format) -> Format:
-    """The cache format of that name; "q6+128" keeps the last 128 tokens in bf16 too. RequestError names the known ones."""
+    """The cache format of that name; "q6+128" keeps the last 128 tokens in bf16 too. RequestError lists the known ones.
+
+    A window is for packed formats: beside bf16 it would say the same twice, beside fp32 say it worse.
+    """
     if isinstance(name, Format):
         return name
     base, plus, recent = str(name).partition("+")
-    if base not in CACHE_FORMATS or (plus and not (recent.isdecimal() and int(recent))):
+    format = CACHE_FORMATS.get(base)
+    if format is None or (plus and not (isinstance(format, Packed) and recent.isdecimal() and int(recent))):
         raise RequestError(
             f"no cache format called {name!r}; there are {', '.join(CACHE_FORMATS)}, "
-            'and such as "q6+128", which keeps the last 128 tokens in bf16.'
+            'and such as "q6+128" of the packed ones, which keeps the last 128 tokens in bf16.'
         )
-    return replace(CACHE_FORMATS[base], name=name, recent=int(recent)) if plus else CACHE_FORMATS[base]
+    return replace(format, name=f"{base}+{int(recent)}", recent=int(recent)) if plus else format
 
 
 def packed_width(count: int, bits: int) -> int:
@@ -251,8 +260,7 @@ def packed_width(count: int, bits: int) -> int:
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [..., n] of 0 to 2^bits - 1 as bytes [..., ceil(n bits / 8)]: a stream of bits, lowest bit first."""
-    count = codes.shape[-1]
-    per = 8 // math.gcd(bits, 8)  # codes that fill whole bytes together, in a word of at most 63 bits
+    count, per = codes.shape[-1], _codes_a_word(bits)
     words = F.pad(codes.long(), (0, -count % per)).unflatten(-1, (-1, per))
     word = (words << (bits * torch.arange(per, device=codes.device))).sum(-1, keepdim=True)
     shifts = 8 * torch.arange(per * bits // 8, device=codes.device)
@@ -261,12 +269,20 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The codes [..., count] that `pack_bits` packed, int64."""
-    per = 8 // math.gcd(bits, 8)
+    per = _codes_a_word(bits)
     size = per * bits // 8
     padded = F.pad(packed, (0, -packed.shape[-1] % size)).long().unflatten(-1, (-1, size))
     word = (padded << (8 * torch.arange(size, device=packed.device))).sum(-1, keepdim=True)
     codes = (word >> (bits * torch.arange(per, device=packed.device))) & (2**bits - 1)
     return codes.flatten(-2)[..., :count]
+
+
+def _codes_a_word(bits: int) -> int:
+    """How many codes fill whole bytes together, in a word that int64 can hold."""
+    per = 8 // math.gcd(bits, 8)
+    if per * bits > 63:
+        raise RequestError(f"codes of {bits} bits cannot be packed: {per} of them fill whole bytes, more than 7.")
+    return per
 
 
 def _grouped(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -275,7 +291,8 @@ def _grouped(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _half(scale: torch.Tensor) -> torch.Tensor:
-    """A scale as fp16, rounded up so that nothing is clipped, and never 0."""
+    """A scale as fp16, rounded up so that nothing is clipped, and never 0; NaN where fp16 cannot hold it."""
     half = scale.to(torch.float16)
     above = (half.view(torch.int16) + 1).view(torch.float16)  # the next number above a positive one
-    return torch.where(half.float() < scale, above, half).clamp(min=6e-8)
+    half = torch.where(half.float() < scale, above, half).clamp(min=6e-8)
+    return half.masked_fill(half.isinf(), float("nan"))
