@@ -1,4 +1,5 @@
-"""The claims ledger: every claim has one of four verdicts and evidence, and what can be computed comes out as it says."""
+"""The claims ledger: every claim has one of four verdicts and evidence, and what can be computed comes out as it
+says."""
 
 import json
 from dataclasses import replace
@@ -10,10 +11,12 @@ from workbench.__main__ import main
 from workbench.claims import CLAIMS, Claim, Finding, Verdict, ledger, rounds_to
 from workbench.errors import RequestError
 
-PUBLISHED = "total active cache throughput vram speed gsm8k math c-eval scores licence tools languages context needles cost groups"
+PUBLISHED = (
+    "total active cache throughput vram speed gsm8k math c-eval scores licence tools languages context needles cost "
+    "groups"
+) @ pytest.fixture(scope="module")
 
 
-@pytest.fixture(scope="module")
 def entries():
     return {entry.claim.key: entry for entry in ledger()}
 
@@ -26,7 +29,8 @@ def test_every_published_claim_is_there_once():
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.key)
 def test_no_claim_without_a_verdict_and_its_evidence(claim, entries):
-    """Measured and computed ones are found again now, and hold; a refutation that can be computed really contradicts."""
+    """Measured and computed ones are found again now, and hold; a refutation that can be computed really
+    contradicts."""
     assert claim.verdict in Verdict and claim.said and claim.where
     finding = entries[claim.key].finding
     match claim.verdict:

@@ -173,7 +173,7 @@ def assert_chunks_are_rows(cache, dtype=torch.float32):
         for size in (1, 7, 64, 1000):
             chunks = list(cache.chunks(1, sequence, dtype, size))
             assert torch.equal(torch.cat([whole[:0], *chunks]), whole)
-            assert all(0 < len(chunk) for chunk in chunks)
+            assert all(len(chunk) > 0 for chunk in chunks)
             assert len(chunks) <= 1 or max(map(len, chunks)) <= size
 
 
@@ -653,10 +653,9 @@ def test_to_and_from_windows_the_text_is_read_again(old, new, small, tokenizer):
 
 @pytest.mark.parametrize("name", [*PACKED, "q6+64"])
 def test_a_batch_gives_each_prompt_the_answer_it_gets_alone_in_any_format(name, small, tokenizer):
-    engine = Engine(small, tokenizer, name)
     prompts = ["Hello", HELLO, LONG, [tokenizer.bos], "你好！"]
-    for prompt, done in zip(prompts, engine.batch(prompts, GREEDY, slots=3)):
-        alone = engine.generate(prompt, GREEDY)
+    for prompt, done in zip(prompts, Engine(small, tokenizer, name).batch(prompts, GREEDY, slots=3)):
+        alone = Engine(small, tokenizer, name).generate(prompt, GREEDY)
         assert done.tokens == alone.tokens
         assert logprobs(done) == pytest.approx(logprobs(alone), abs=1e-3)
 
@@ -673,11 +672,9 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once_in_any_format(name, small, tok
 
 
 def test_pocket_talks_with_a_cache_of_six_bits():
-    bench = wb.load("pocket", device="cpu", cache="q6")
-    row = Row(bench.config.kv_lora_rank, bench.config.qk_rope_head_dim)
+    wide, bench = (wb.load("pocket", device="cpu", cache=name) for name in ("fp32", "q6"))
     assert bench.new_cache().format == "q6"
     done = bench.generate("Hello", Sampling(temperature=0, max_tokens=5))
+    row = Row(bench.config.kv_lora_rank, bench.config.qk_rope_head_dim)
     assert done.steps[-1].cache_bytes == BLOCK * bench.config.num_hidden_layers * CACHE_FORMATS["q6"].nbytes(row)
-    assert (
-        done.tokens == wb.load("pocket", device="cpu").generate("Hello", Sampling(temperature=0, max_tokens=5)).tokens
-    )
+    assert done.tokens == wide.generate("Hello", Sampling(temperature=0, max_tokens=5)).tokens

@@ -40,7 +40,8 @@ class Sampler:
     """
 
     def __init__(self, meter: Meter, interval: float = 0.1):
-        self.meter, self.interval = meter, interval
+        self.meter: Meter | None = meter
+        self.interval = interval
         self.readings: list[Reading] = []
         self.marks: list[Mark] = []
         self.revision = 0  # how often readings were thinned out, so that their numbers changed
@@ -70,6 +71,11 @@ class Sampler:
             end, self._end = self._end, None
             end()
             self._running += perf_counter() - self._since
+
+    def retire(self) -> None:
+        """Stops for good and lets the workbench go; what was read stays."""
+        self.stop()
+        self.meter = None
 
     def __enter__(self) -> "Sampler":
         self.sample()

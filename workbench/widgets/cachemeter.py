@@ -142,10 +142,11 @@ class CacheMeter(View):
             if self._look in self.sampler.listeners:
                 self.sampler.listeners.remove(self._look)
             if self._own:
-                self.sampler.stop()
-            self._final, self.bench = self._state(), None
+                self.sampler.retire()
+            self._final, self.bench, self._convert = self._state(), None, None
 
     def close(self) -> None:
+        """Lets the bench go and takes the meter off the screen."""
         if self.bench is not None:
             self.retire()
         super().close()

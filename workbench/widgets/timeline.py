@@ -62,9 +62,10 @@ class MemoryTimeline(View):
         if self._look in self.sampler.listeners:
             self.sampler.listeners.remove(self._look)
         if self._own:
-            self.sampler.stop()
+            self.sampler.retire()
 
     def close(self) -> None:
+        """Takes the timeline off the screen; a sampler that was given goes on."""
         self.retire()
         super().close()
 
@@ -89,7 +90,7 @@ class MemoryTimeline(View):
             self._tell({"kind": "grow", "from": start, "rows": rows, "marks": news})
 
     def _snapshot(self, view: str | None = None) -> None:
-        if self._own and view is not None:
+        if self._own and view is not None and self.sampler.meter is not None:
             self.sampler.start()
         with self._lock:
             sampler = self.sampler
