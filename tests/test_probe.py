@@ -157,17 +157,14 @@ class Strip(ast.NodeTransformer):
         if isinstance(node.func, ast.Name) and node.func.id == "probe":
             self.sites += 1
             return node.args[1]
+        if ast.unparse(node.func) == "probe.routed":
+            assert all(isinstance(each, ast.Name) for each in node.args), "computed only to be shown"
+            self.sites += len(node.args)
+            return node.args[1]
         return node
 
     def visit_Expr(self, node):
-        called = node.value.func if isinstance(node.value, ast.Call) else None
-        if isinstance(called, ast.Name) and called.id == "read":
-            assert all(isinstance(each, ast.Name | ast.Constant) for each in node.value.args), (
-                "computed only to be shown"
-            )
-            self.sites += 1
-            return None
-        if isinstance(called, ast.Attribute) and ast.unparse(called) == "probe.end":
+        if ast.unparse(node.value).startswith("probe.end("):
             return None
         return self.generic_visit(node)
 

@@ -193,9 +193,9 @@ def test_by_index_every_pass_writes_by_the_same_operations_and_reads_nothing_bac
         bench(one, store, ring.to(*ring._logs))
         ring._logs[0].rows()
         probe = ring.begin(bench.config, torch.tensor([[store.lengths[0]]]), torch.float32)
+        ids, gates, scores = torch.zeros(1, 1, 6, dtype=torch.int64), torch.zeros(1, 1, 6), torch.zeros(1, 1, 7)
         for layer in ring.layers:
-            for site, width in zip(SITES, (6, 6, 7), strict=True):
-                probe.at(layer)(site, torch.zeros(1, 1, width, dtype=torch.int64 if width == 6 else torch.float32))
+            probe.at(layer).routed(ids, gates, scores)
         with Launches() as launches:
             probe.end()
         lists.append(launches.list)
@@ -271,7 +271,7 @@ def test_with_gradients_no_graph_is_kept_alive(bench, tokens):
     bench.requires_grad_()
     try:
         bench(tokens[:, :3], probe=both(ring.to(log), recorder))
-        assert not any(x.requires_grad for kept in ring._kept for parts in kept.values() for x in parts)
+        assert not any(x.requires_grad for kept in ring._kept for parts in kept for x in parts)
         assert recorder["moe.gates", 1].requires_grad
     finally:
         bench.requires_grad_(False)

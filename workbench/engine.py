@@ -71,7 +71,7 @@ class Stream:
 
 
 class _Held(NamedTuple):
-    """What is left of the last stream: which tokens are cached, where each went, and which edits they were read under."""
+    """What is left of the last stream: which tokens are cached, where each went, and the edits they were read under."""
 
     tokens: list[int]
     cache: LatentCache
@@ -155,8 +155,8 @@ class Engine:
         """One generation, step by step. `stop` is looked at between tokens and between chunks of the prompt.
 
         A stopped stream ends without a further step and with stats.finish "stopped"; the cache keeps what was read.
-        `edits` act on prompt and answer; see Watch for `watch` and `scores`. Where each token went is always recorded. An
-        edit or a site that no token met is a RequestError when the stream has come to its end.
+        `edits` act on prompt and answer; see Watch for `watch` and `scores`. Where each token went is always recorded.
+        An edit or a site that no token met is a RequestError when the stream has come to its end.
         """
         made = self.prompt(prompt, open_last)
         said = prompt[-1].get("tokens") or self.tokenizer.encode(prompt[-1]["content"]) if open_last else []
@@ -217,7 +217,11 @@ class Engine:
         return held, kept
 
     def batch(
-        self, prompts: Sequence[Request], sampling: Sampling | Sequence[Sampling] | None = None, slots: int = 8, **options
+        self,
+        prompts: Sequence[Request],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        slots: int = 8,
+        **options,
     ) -> list[Completion]:
         """Answers to many prompts of any length, `slots` at a time; a slot is refilled when its answer ends.
 

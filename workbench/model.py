@@ -18,7 +18,7 @@ from workbench.cache import LatentCache
 from workbench.config import Config
 from workbench.errors import CheckpointError, RequestError
 from workbench.experts import Bank, Resident
-from workbench.probe import OFF, Probe, read
+from workbench.probe import OFF, Probe
 from workbench.rope import Rope, rotate, softmax_scale
 
 
@@ -254,10 +254,7 @@ class Mixture(nn.Module):
             _, ids, gates, _ = ops.route_open(logits, self.config, probe)
             return ids, gates
         probs, ids, gates, scores = ops.route(logits, self.config)
-        read(probe, "moe.router_probs", probs)
-        read(probe, "moe.experts", ids)
-        read(probe, "moe.scores", scores)
-        return ids, probe("moe.gates", gates)
+        return ids, probe.routed(ids, gates, scores, probs)
 
 
 class Block(nn.Module):

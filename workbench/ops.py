@@ -1,7 +1,7 @@
 """The operations of the model. Each body here is the definition; a file in kernels/ may answer the same call faster.
 
 N tokens, B batch, T new tokens, S tokens so far, H heads, D hidden, W key width, V value width, E experts, K chosen,
-G groups, I expert width. What ends in `_open` is the same operation with its inside laid out for a probe (see probe.py).
+G groups, I expert width. What ends in `_open` is the same with its inside laid out for a probe (see probe.py).
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.config import Config
-from workbench.probe import Probe, read
+from workbench.probe import Probe
 
 SCORES = 1 << 26  # attention scores held at once, in elements: a quarter of a gigabyte
 PART = 1024  # rows of a packed cache that are unpacked together
@@ -206,15 +206,13 @@ def route_open(logits: torch.Tensor, config: Config, probe: Probe) -> Routing:
     allowed = _among(probs, probe("moe.groups", groups_kept(probs, config)))
     own = allowed.topk(config.num_experts_per_tok, -1).indices
     ids = probe.select(own, allowed)
-    read(probe, "moe.experts", ids)
     used, slots = ids >= 0, ids.clamp(min=0)
     others = allowed.scatter(-1, slots, torch.where(used, float("-inf"), allowed.gather(-1, slots)))
     best = others.amax(-1, keepdim=True).clamp(min=0)
     # what fills a slot for want of others weighs nothing; what a probe chose may come from a dropped group
     chosen = probs.gather(-1, slots) * (allowed.gather(-1, slots) > 0 if ids is own else used)
     scores = torch.cat([chosen, best], -1)
-    read(probe, "moe.scores", scores)
-    gates = probe("moe.gates", _weighed(chosen, config, used.sum(-1, keepdim=True)))
+    gates = probe.routed(ids, _weighed(chosen, config, used.sum(-1, keepdim=True)), scores)
     return Routing(probs, slots, gates * used, scores)
 
 

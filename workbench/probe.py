@@ -1,7 +1,7 @@
 """Sites are the named places inside a forward pass; a Probe is what stands there. The default, OFF, does nothing.
 
-B batch, T new tokens, S tokens so far, D hidden, H heads, N content width of a head, R rotary width, V value width, Q query
-latent, C key-value latent, E experts, G groups of experts, K chosen.
+B batch, T new tokens, S tokens so far, D hidden, H heads, N content width of a head, R rotary width, V value width,
+Q query latent, C key-value latent, E experts, G groups of experts, K chosen.
 """
 
 from collections.abc import Iterable
@@ -118,15 +118,41 @@ class Probe:
         """
         return ids
 
+    def routed(
+        self, ids: torch.Tensor, gates: torch.Tensor, scores: torch.Tensor, probs: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Passes moe.router_probs (unless it has been), moe.experts, moe.scores and moe.gates; returns the gates.
+
+        One call for the sites that come together in every layer: a probe that wants no others, as the static recorder
+        does, overrides this one and is as cheap as OFF everywhere else.
+        """
+        if probs is not None:
+            read(self, "moe.router_probs", probs)
+        read(self, "moe.experts", ids)
+        read(self, "moe.scores", scores)
+        return self("moe.gates", gates)
+
     def end(self) -> None:
         """The pass is complete. Not called for one that failed."""
 
 
-class _Off(Probe):
-    static = True
-    # What a mapping of nothing gets is the default, x. It is the base's own answer, without a frame of Python for each of
-    # some twenty sites a layer: on a small model that alone would be 1 % of the time.
+class Silent(Probe):
+    """A probe that does nothing at a single site, at the least cost.
+
+    What a mapping of nothing gets is the default, x: the base's own answer without a frame of Python for each of some
+    twenty sites a layer, which on a small model are 1 % of the time.
+    """
+
     __call__ = staticmethod({}.get)
+
+
+class _Off(Silent):
+    static = True
+
+    def routed(
+        self, ids: torch.Tensor, gates: torch.Tensor, scores: torch.Tensor, probs: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return gates
 
 
 OFF = _Off()
@@ -165,6 +191,13 @@ class _Chain(Probe):
             ids = probe.select(ids, allowed)
         return ids
 
+    def routed(
+        self, ids: torch.Tensor, gates: torch.Tensor, scores: torch.Tensor, probs: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        for probe in self.probes:
+            gates = probe.routed(ids, gates, scores, probs)
+        return gates
+
     def end(self) -> None:
         for probe in self.probes:
             probe.end()
@@ -172,7 +205,7 @@ class _Chain(Probe):
 
 def read(probe: Probe, site: str, x: torch.Tensor) -> None:
     """Shows `x` to a probe at a place where nothing can be changed. RequestError if the probe tried to."""
-    if probe is not OFF and probe(site, x) is not x:
+    if probe(site, x) is not x:
         inside = next((op for op, sites in INSIDE.items() if site in sites or (op == "route" and "moe." in site)), None)
         how = f' Let its opens("{inside}") return True' if inside and SITES[site].writable else " Edit another site"
         raise RequestError(f"a probe changed {site}, which is only read here.{how}: see workbench/probe.py.")
@@ -222,7 +255,8 @@ def sizes(config: Config, batch: int, new: int, length: int) -> dict[str, int]:
     groups = config.n_group if config.topk_method == "group_limited_greedy" else 1
     return {
         "G": groups, "B": batch, "T": new, "S": length, "D": config.hidden_size, "H": config.num_attention_heads,
-        "N": config.qk_nope_head_dim, "R": config.qk_rope_head_dim, "V": config.v_head_dim, "Q": config.q_lora_rank or 0,
+        "N": config.qk_nope_head_dim, "R": config.qk_rope_head_dim, "V": config.v_head_dim,
+        "Q": config.q_lora_rank or 0,
         "C": config.kv_lora_rank, "E": config.n_routed_experts or 0, "K": config.num_experts_per_tok,
         "K+1": config.num_experts_per_tok + 1, "vocab": config.vocab_size,
     }  # fmt: skip

@@ -1,10 +1,11 @@
 """The static routing recorder: ids, gates and margins of every token, written into tensors that are there beforehand.
 
 A pass only writes; the host reads later, when somebody asks or room is needed, so generation never waits for it and a
-captured graph can contain it. On a CPU, where each write would cost as much as a small layer, passes are kept as they are
+captured graph can contain it. On a CPU, where every write costs as much as a small product, passes are kept as they are
 and written some at a time. L layers with experts, B batch, T new tokens, K chosen.
 """
 
+import math
 import threading
 from typing import NamedTuple
 
@@ -12,11 +13,10 @@ import numpy as np
 import torch
 
 from workbench.config import Config
-from workbench.probe import Probe
+from workbench.probe import OFF, Probe, Silent
 
 CAPACITY = 1024  # tokens
 TOGETHER = 32  # tokens that are written at once where passes are kept
-TAKEN = ("moe.experts", "moe.gates", "moe.scores")
 
 
 class Routing(NamedTuple):
@@ -65,7 +65,16 @@ class RoutingLog:
             self._ring.drain()
 
 
-class RoutingRing(Probe):
+class _Run(NamedTuple):
+    """Passes of one shape for the same sequences, one after the other: rows `first` on are [passes, B, T]."""
+
+    first: int
+    passes: int
+    tokens: int  # T
+    logs: tuple[RoutingLog, ...]
+
+
+class RoutingRing(Silent):
     """Records the routing of each pass into rings on the device, for the logs named in `to`.
 
     slots     of a token in each layer: the model's K, or as many as an edit makes it
@@ -90,12 +99,12 @@ class RoutingRing(Probe):
         self._types = (torch.uint8 if small else torch.int16, torch.float16, torch.float16)
         self._unused = 255 if small else -1
         self._lock = threading.RLock()
-        self._logs: list[RoutingLog] = []
-        self._owed: list[tuple[int, int, list[RoutingLog]]] = []  # first row, tokens a sequence, one log a sequence
-        self._passing: dict[str, list[torch.Tensor]] = {}  # site -> one tensor a layer
-        self._kept: list[dict[str, list[torch.Tensor]]] = []  # passes of one shape that are not in the rings yet
-        self._shape: tuple[int, ...] = ()
-        self._written = 0  # rows, those of the kept passes included
+        self._logs: tuple[RoutingLog, ...] = ()
+        self._owed: list[_Run] = []  # written, not yet handed to the logs
+        self._written = 0  # rows
+        self._passing: list[tuple[torch.Tensor, ...]] = []  # ids, gates and scores of each layer
+        self._kept: list[list[tuple[torch.Tensor, ...]]] = []  # passes that are not written yet, all of one run
+        self._run = ((0, 0), self._logs)  # B and T, and the logs, of the pass
         self._resize(capacity)
 
     def log(self) -> RoutingLog:
@@ -104,40 +113,43 @@ class RoutingRing(Probe):
 
     def to(self, *logs: RoutingLog) -> "RoutingRing":
         """The logs of the sequences of the next passes, in the order of the batch."""
-        self._logs = list(logs)
+        self._logs = logs
         for log in logs:
             log._ring = self
         return self
 
     def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
-        assert len(self._logs) == len(positions), f"{len(self._logs)} logs for {len(positions)} sequences"
-        self._passing = {site: [] for site in TAKEN}
-        if positions.shape != self._shape:
+        run = (tuple(positions.shape), self._logs)
+        if run != self._run:
             self._write()
-            self._shape = positions.shape
-        new = positions.numel()
-        if self._written + new > self.capacity:
+            self._run = run
+        rows, tokens = run[0]
+        assert len(self._logs) == rows, f"{len(self._logs)} logs for {rows} sequences"
+        self._passing = []
+        if self._written + (len(self._kept) + 1) * rows * tokens > self.capacity:
             self.drain()
-            if new > self.capacity:
-                self._resize(new)
+            if rows * tokens > self.capacity:
+                self._resize(rows * tokens)
         return self
 
-    def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        if site in self._passing:
-            missing = self.slots + (site == "moe.scores") - x.shape[-1]
-            self._passing[site].append(_widened(site, x, missing) if missing else x)
-        return x
+    def at(self, layer: int) -> Probe:
+        return self if layer in self.layers else OFF
+
+    def routed(
+        self, ids: torch.Tensor, gates: torch.Tensor, scores: torch.Tensor, probs: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        missing = self.slots - ids.size(-1)
+        self._passing.append((ids, gates, scores) if not missing else _widened(ids, gates, scores, missing))
+        return gates
 
     def end(self) -> None:
         if not self.layers:
             return
         if torch.is_grad_enabled():  # a kept pass must not keep a graph alive
-            self._passing = {site: [x.detach() for x in parts] for site, parts in self._passing.items()}
-        rows, tokens = self._shape
+            self._passing = [tuple(x.detach() for x in layer) for layer in self._passing]
+        rows, tokens = self._run[0]
         with self._lock:
             self._kept.append(self._passing)
-            self._owed.append((self._written, tokens, self._logs))
-            self._written += rows * tokens
             if self.by_index or len(self._kept) * rows * tokens >= TOGETHER:
                 self._write()
 
@@ -146,43 +158,49 @@ class RoutingRing(Probe):
         with self._lock, torch.no_grad():
             if not self._kept:
                 return
-            ids, gates, scores = (self._rows(site) for site in TAKEN)  # [passes B T, L, K or K + 1]
+            passes, ((_, tokens), logs) = len(self._kept), self._run
+            layers = (layer for passing in self._kept for layer in passing)
+            ids, gates, scores = (self._rows(parts) for parts in zip(*layers, strict=True))
             margins = scores[..., :-1] - scores[..., -1:]
-            new = ids.shape[0]
+            first, new = self._written, ids.shape[0]
             for ring, values in zip(self._rings, (ids, gates, margins), strict=True):
                 if self.by_index:
                     ring.index_copy_(0, self._cursor + self._count[:new], values.to(ring.dtype))
                 else:
-                    ring[self._written - new : self._written] = values
+                    ring[first : first + new] = values
             if self.by_index:
                 self._cursor += new
+            self._written += new
             self._kept = []
+            before = self._owed[-1] if self._owed else None
+            if before and before[2:] == (tokens, logs):
+                self._owed[-1] = before._replace(passes=before.passes + passes)
+            else:
+                self._owed.append(_Run(first, passes, tokens, logs))
 
-    def _rows(self, site: str) -> torch.Tensor:
-        whole = torch.cat([x for passing in self._kept for x in passing[site]])  # [passes L B, T, K]
-        each = whole.unflatten(0, (len(self._kept), len(self.layers), -1)).flatten(2, 3)  # [passes, L, B T, K]
+    def _rows(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """[B, T, K] of each pass and layer, as [passes B T, L, K]."""
+        each = torch.cat(parts).unflatten(0, (len(self._kept), len(self.layers), -1)).flatten(2, 3)
         return each.transpose(1, 2).flatten(0, 1)
 
     def drain(self) -> None:
         """Hands everything written so far to the logs."""
         with self._lock:
-            owed, written = self._owed, self._written
-            if not owed:
-                return
             self._write()
-            ids, gates, margins = (ring[:written].to("cpu", copy=True) for ring in self._rings)
-            experts = ids.to(torch.int16)
-            experts[ids == self._unused] = -1
-            used = (experts >= 0).numpy()
-            rows = Routing(
-                experts.numpy(),
-                np.where(used, gates.float().numpy(), np.float32(0)),
-                np.where(used, margins.float().numpy(), np.float32("nan")),
-            )
-            for first, tokens, logs in owed:
-                for number, log in enumerate(logs):
-                    start = first + number * tokens
-                    log._add(Routing(*(part[start : start + tokens] for part in rows)))
+            if not self._owed:
+                return
+            ids, gates, margins = (ring[: self._written].cpu().numpy() for ring in self._rings)
+            rows = [ids.astype(np.int16), gates.astype(np.float32), margins.astype(np.float32)]
+            unused = ids == self._unused
+            if unused.any():
+                for part, filling in zip(rows, (-1, 0, np.nan), strict=True):
+                    part[unused] = filling
+            for run in self._owed:
+                shape = (run.passes, len(run.logs), run.tokens)
+                stop = run.first + math.prod(shape)
+                parts = [part[run.first : stop].reshape(*shape, *part.shape[1:]) for part in rows]
+                for number, log in enumerate(run.logs):
+                    log._add(Routing(*(part[:, number].reshape(-1, *part.shape[3:]) for part in parts)))
             self._owed, self._written = [], 0
             self._cursor.zero_()
 
@@ -200,12 +218,14 @@ class RoutingRing(Probe):
         return sum(ring.nbytes for ring in self._rings)
 
 
-def _widened(site: str, x: torch.Tensor, missing: int) -> torch.Tensor:
+def _widened(
+    ids: torch.Tensor, gates: torch.Tensor, scores: torch.Tensor, missing: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """With slots that are not used, where an edit gives another layer or pass more of them."""
     assert missing > 0, f"{-missing} slots too few: make RoutingRing(..., slots=n) as wide as the edits do"
-    unused = x.new_full((*x.shape[:-1], missing), -1 if site == "moe.experts" else 0)
-    chosen = x.shape[-1] - (site == "moe.scores")  # its last entry is the best that was not chosen
-    return torch.cat([x[..., :chosen], unused, x[..., chosen:]], -1)
+    pad = torch.nn.functional.pad
+    chosen, best = scores[..., :-1], scores[..., -1:]
+    return pad(ids, (0, missing), value=-1), pad(gates, (0, missing)), torch.cat([pad(chosen, (0, missing)), best], -1)
 
 
 def _nothing(layers: int, slots: int) -> Routing:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -40,6 +41,11 @@ class Watch:
         if self.scores and not self.ring.layers:
             raise RequestError("scores=True records router probabilities, and this model has no routed experts.")
         self._recorders: list[Recorder] = []
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights, once for all sequences."""
+        return fingerprint(self.model)
 
     @property
     def recording(self) -> bool:
@@ -96,9 +102,9 @@ class Watched:
         known = {"prompt_tokens": stats.prompt_tokens, "seed": stats.seed, "finish": stats.finish}
         header = new_header(
             watch.name,
-            fingerprint(watch.model),
+            watch.fingerprint,
             watch.config.to_dict(),
-            sampling=asdict(reply.sampling),
+            sampling=asdict(reply.sampling) | {"seed": stats.seed},  # the one that was drawn, if none was given
             edits=[to_dict(edit) for edit in watch.edits],
             sequences=[known],
         )

@@ -3,7 +3,7 @@
 What "off" costs can only be told against code without probes. A second model kept by hand would drift from the first,
 a branch for "no probe" would itself be the cost in question, and another implementation differs in more than probes.
 So the baseline is made from workbench/model.py when it is needed, on its syntax tree: `probe(site, x)` becomes x,
-`read` and the beginning and end of a pass go, and of `if probe.opens(...)` what happens where nothing is opened
+the beginning and end of a pass go, and of `if probe.opens(...)` what happens where nothing is opened
 remains. One trace of probes is left in it: the router finds the best expert that was not chosen in the same operation
 as the chosen.
 """
@@ -52,7 +52,7 @@ def _under(module: ModuleType, part: nn.Module) -> nn.Module:
 class _Without(ast.NodeTransformer):
     def visit_Call(self, call: ast.Call) -> ast.expr:
         self.generic_visit(call)
-        if _is_probe(call.func):
+        if _is_probe(call.func) or _method(call) == "routed":  # probe(site, x); probe.routed(ids, gates, ...)
             return call.args[1]
         call.args = [each for each in call.args if not _is_probe(each)]
         call.keywords = [each for each in call.keywords if each.arg != PROBE]
@@ -64,9 +64,7 @@ class _Without(ast.NodeTransformer):
         return self.generic_visit(choice)
 
     def visit_Expr(self, line: ast.Expr) -> ast.stmt | None:
-        call = line.value
-        reads = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "read"
-        return None if reads or _method(call) else self.generic_visit(line)
+        return None if _method(line.value) else self.generic_visit(line)
 
     def visit_Assign(self, line: ast.Assign) -> ast.stmt | None:
         if _method(line.value):  # probe = probe.at(...)

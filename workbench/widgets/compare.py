@@ -84,11 +84,15 @@ class SideBySide(View):
         """Puts the cursor on this row of `rows`; RequestError if there is none."""
         self._move(row)
 
-    def close(self) -> None:
-        """Takes the view off the screen and off its selection."""
+    def leave(self) -> None:
+        """Takes the view off its selection; it stays where it is shown."""
         if self.selection is not None:
             self.selection.unobserve(self._selected, ["token", "layer"])
             self.selection = None
+
+    def close(self) -> None:
+        """Takes the view off the screen and off its selection."""
+        self.leave()
         super().close()
 
     # Behind the view

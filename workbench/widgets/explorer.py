@@ -148,11 +148,11 @@ class Explorer(ipywidgets.VBox):
         """Shows two replies side by side. RequestError unless both are complete."""
         if before.trace is None or after.trace is None:
             raise RequestError("both replies must be complete and made in this session, with their traces.")
-        old, self.compared = self.compared, SideBySide(before.trace, after.trace, selection=self.selection)
+        if self.compared is not None:
+            self.compared.leave()  # not closed: a cell may show it
+        self.compared = SideBySide(before.trace, after.trace, selection=self.selection)
         self._beside.children = (self.compared,)
         self._sections.selected_index = 2
-        if old is not None:
-            old.close()
         return self.compared
 
     def save(self, path: str | Path | None = None) -> Path:

@@ -32,7 +32,8 @@ class Plot(go.Figure):
             font={"color": GREY, "size": 13},
             paper_bgcolor="rgba(0,0,0,0)",
             plot_bgcolor="rgba(0,0,0,0)",
-            height=360,
+            width=760,  # fixed: JupyterLab saves a picture of each plot, as large as it is drawn
+            height=340,
             margin={"l": 60, "r": 20, "t": 60, "b": 70},
             legend={
                 "title": {"text": escape(str(table.columns.name or ""))},

@@ -56,6 +56,7 @@ COLOURS = {
 }
 MEASURED = ("logprob", "probability", "entropy", "ms", "cache_bytes")  # columns of a Trace's tokens, in wire order
 PROMPT, SPECIAL = 1, 2  # flags
+SIGNS = {code: chr(0x2400 + code) for code in range(32)} | str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\x7f": "␡"})
 AS_TEXT, AS_PICTURE = 400, 100  # tokens in a saved notebook
 
 
@@ -240,8 +241,8 @@ class TokenStrip(LiveView):
 
 
 def visible(text: str) -> str:
-    """A token as text in which spaces and line breaks can be seen."""
-    return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
+    """A token as text in which spaces, line breaks and control characters can be seen."""
+    return text.translate(SIGNS) or "∅"
 
 
 def _is_special(text: str) -> bool:
