@@ -24,7 +24,7 @@ FLOORS = {
     6: ["engine", "watching"],
     5: ["checkpoint", "shards", "chat", "reply", "storages"],
     4: ["model"],
-    3: ["experts"],
+    3: ["experts", "weights"],
     2: ["ops", "lens", "footprint"],
     1: [
         "cache",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from functools import reduce
 from itertools import chain
 from operator import add
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -20,38 +19,9 @@ from workbench.errors import CheckpointError, RequestError
 from workbench.experts import Bank, Resident
 from workbench.probe import OFF, Probe
 from workbench.rope import Rope, rotate, softmax_scale
+from workbench.weights import Inventory, Source
 
-
-class Source(Protocol):
-    """Where weights come from. A constructor asks for each one where it is used, by its name in the checkpoint."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-    def take(self, name: str, shape: tuple[int, ...], into: torch.Tensor | None = None) -> torch.Tensor: ...
-
-
-class Inventory:
-    """Remembers where every weight went, so that what was taken is what is saved."""
-
-    def __init__(self, source: Source):
-        self.source = source
-        self.tensors: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, *shape: int, into: torch.Tensor | None = None) -> nn.Parameter:
-        tensor = self.source.take(name, shape, into)
-        self.tensors[name] = tensor
-        return nn.Parameter(tensor, requires_grad=False)
-
-    def stacked(self, names: dict[str, int], width: int) -> nn.Parameter:
-        """Matrices with the same input, one below the other: one product instead of several."""
-        whole = self.empty(sum(names.values()), width)
-        for (name, rows), into in zip(names.items(), whole.split(list(names.values())), strict=True):
-            self.take(name, rows, width, into=into)
-        return nn.Parameter(whole, requires_grad=False)
-
-    def empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.source.dtype, device=self.source.device)
+Rows = torch.Tensor | Iterable[torch.Tensor]  # [B, S, W], or chunks of them in order
 
 
 class Attention(nn.Module):
@@ -111,9 +81,7 @@ class Attention(nn.Module):
         form = self.absorbed if absorbing_is_cheaper(self.config, content.shape[1], rows.shape[1]) else self.expanded
         return form(content, position, rows)
 
-    def recall(
-        self, content: torch.Tensor, position: torch.Tensor, cache: LatentCache, sequence: int
-    ) -> torch.Tensor:
+    def recall(self, content: torch.Tensor, position: torch.Tensor, cache: LatentCache, sequence: int) -> torch.Tensor:
         """`read` against the rows of one sequence in a cache, which are unpacked some at a time: never all at once."""
         new, length = content.shape[1], cache.sequences[sequence].end
         size = ops.rows_at_once(new, self.config.num_attention_heads)
@@ -121,13 +89,7 @@ class Attention(nn.Module):
         form = self.absorbed if absorbing_is_cheaper(self.config, new, length) else self.expanded
         return form(content, position, chunks, length)
 
-    def absorbed(
-        self,
-        content: torch.Tensor,
-        position: torch.Tensor,
-        rows: torch.Tensor | Iterable[torch.Tensor],
-        length: int | None = None,
-    ) -> torch.Tensor:
+    def absorbed(self, content: torch.Tensor, position: torch.Tensor, rows: Rows, length: int = 0) -> torch.Tensor:
         """kv_up moved to the query and the output side, so one cached row serves every head (section 2.1.2).
 
         rows [B, S, W], or chunks of them, of `length` together.
@@ -144,13 +106,7 @@ class Attention(nn.Module):
         out = self._attend(query, rows, length, shared)  # [B, T, H, C]
         return (out.transpose(1, 2) @ up_value.mT).transpose(1, 2)
 
-    def expanded(
-        self,
-        content: torch.Tensor,
-        position: torch.Tensor,
-        rows: torch.Tensor | Iterable[torch.Tensor],
-        length: int | None = None,
-    ) -> torch.Tensor:
+    def expanded(self, content: torch.Tensor, position: torch.Tensor, rows: Rows, length: int = 0) -> torch.Tensor:
         """Keys and values of every head rebuilt from the rows, for this call only. `rows` as in `absorbed`."""
 
         def own(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +115,7 @@ class Attention(nn.Module):
 
         return self._attend(torch.cat([content, position], -1), rows, length, own)
 
-    def _attend(self, query: torch.Tensor, rows, length: int | None, keys: Callable) -> torch.Tensor:
+    def _attend(self, query: torch.Tensor, rows: Rows, length: int, keys: Callable) -> torch.Tensor:
         if isinstance(rows, torch.Tensor):
             return ops.attend(query, *keys(rows), self.scale)
         first = next(rows := iter(rows))

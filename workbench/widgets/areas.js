@@ -72,7 +72,7 @@ export class Areas {
     const children = [];
     for (let value = 0; value <= this.most * 1.0001; value += step) {
       const y = this.y(value);
-      children.push(shape("line", { class: "wbm-grid", x1: MARGIN.left, x2: right, y1: y, y2: y }), shape("text", { class: "wbm-tick", x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, size(value)));
+      children.push(shape("line", { class: "wbm-grid", x1: MARGIN.left, x2: right, y1: y, y2: y }), shape("text", { class: "wbm-tick", x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, round(value)));
     }
     for (let part = parts.length - 1; part >= 0; part--) children.push(shape("path", { class: `wbm-area wbm-area-${parts[part].kind}`, d: this.path(this.tops[part], true) }));
     if (line) children.push(shape("path", { class: "wbm-over", d: this.path(line.values, false) }));

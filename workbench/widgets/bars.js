@@ -12,6 +12,9 @@ export function size(count) {
   return `${Number(count.toPrecision(3))} ${UNITS[power]}`;
 }
 
+/** As on an axis: in powers of 1,000 from the first on. */
+export const round = (count) => (count >= 1000 && count < 1e5 ? `${Number((count / 1000).toPrecision(3))} KB` : size(count));
+
 /** How many times as much: "6.4\u00d7", "0.5\u00d7", "71\u00d7". */
 export const times = (ratio) => `${ratio >= 99.5 ? Math.round(ratio).toLocaleString("en") : Number(ratio.toPrecision(2))}\u00d7`;
 
@@ -41,7 +44,7 @@ export class Bars {
     const every = Math.ceil((high - low) / 6);
     const ticks = [];
     for (let power = low; power <= high; power += every) {
-      const tick = element("span", {}, size(10 ** power).replace(",000 B", " KB"));
+      const tick = element("span", {}, round(10 ** power));
       tick.style.left = `${place(10 ** power) * (power > low)}%`;
       ticks.push(tick);
     }

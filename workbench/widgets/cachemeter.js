@@ -23,7 +23,7 @@ class CacheMeterView extends View {
     this.formats = element("tbody");
     this.losses = new Losses();
     this.cost = element("section", { className: "wbm-part wbm-cost", "aria-label": "What the last switch did", hidden: true });
-    const columns = ["format", "bytes a token and layer", "bits", "these tokens", ""];
+    const columns = ["format", "", "bytes a token and layer", "bits", "these tokens", ""];
     const table = element("table", { className: "wbm-formats" }, element("thead", {}, element("tr", {}, columns.map((name) => element("th", { scope: "col" }, name)))), this.formats);
     const part = (label, ...children) => element("section", { className: "wbm-part", "aria-label": label }, ...children);
     this.body = element("div", { hidden: true },
@@ -116,7 +116,8 @@ class CacheMeterView extends View {
     this.writtenOf.textContent = `${plural(state.tokens, "token")} \u00d7 ${plural(facts.layers, "layer")} \u00d7 ${exact(held.row)}${state.windows ? ` + ${exact(state.windows)} of recent tokens` : ""}`;
     this.allocated.textContent = exact(held.allocated);
     const room = state.blocks * facts.block - state.tokens;
-    this.allocatedOf.textContent = `allocated: ${plural(state.blocks, "block")} of ${facts.block} tokens a layer, room for ${Math.max(0, room).toLocaleString("en")} more`;
+    this.allocatedOf.textContent = `allocated, with room for ${plural(Math.max(0, room), "more token")}`;
+    this.allocatedOf.parentElement.title = `${plural(state.blocks, "block")} of ${facts.block} tokens in every layer`;
     const [, doc, bytes] = facts.baselines.find(([name]) => name === this.baseline);
     const share = this.perToken / bytes;
     this.share.textContent = `${less(share)} ${share <= 1 ? "less" : "more"}`;
@@ -150,6 +151,7 @@ class CacheMeterView extends View {
     fill(this.formats, facts.formats.map(({ name, doc, parts, packed }) => {
       const full = packed ? name + this.wide.value : name;
       const row = this.row(name);
+      const wide = 2 * width * Number(full.split("+")[1] ?? 0); // bytes of the recent tokens in bf16
       const used = state.format === full && state.next === full;
       const kinds = ["latent", "rotary", "scales"];
       const bar = element("span", { className: "wbm-track", "aria-hidden": "true" }, parts.map((bytes, at) => {
@@ -160,10 +162,11 @@ class CacheMeterView extends View {
       const button = element("button", { className: "wbm-button", type: "button", disabled: this.busy, "data-format": name, "aria-label": `Switch the cache to ${full}` }, "Switch");
       button.addEventListener("click", () => this.switch(full));
       return element("tr", { className: used ? "wbm-used" : "" },
-        element("th", { scope: "row" }, element("b", {}, full), element("small", {}, doc)),
+        element("th", { scope: "row" }, full),
+        element("td", { className: "wbm-doc" }, doc),
         element("td", { title: `latent ${exact(parts[0])}, rotary key ${exact(parts[1])}, scales ${exact(parts[2])}` }, bar, element("span", { className: "wbm-count" }, exact(row))),
         element("td", { title: "of an element, scales included" }, ((8 * row) / width).toFixed(2)),
-        element("td", {}, size(row * facts.layers * (state.tokens || 1))),
+        element("td", {}, size((row * (state.tokens || 1) + wide) * facts.layers)),
         element("td", {}, used ? element("span", { className: "wbm-inuse" }, "\u2713 in use") : button));
     }));
     if (focused) this.formats.querySelector(`[data-format="${focused}"]`)?.focus();

@@ -60,7 +60,7 @@ class CacheMeter(View):
         self._told: dict = {}
         self._last = 0.0
         self._own = sampler is None
-        self._baseline = _usual(self.config)
+        self._baseline = usual(self.config).name
         self.switched: Switch | None = None
         super().__init__()
         self.sampler = Sampler(Meter(bench), INTERVAL) if sampler is None else sampler
@@ -252,8 +252,8 @@ class CacheMeter(View):
         return self._page(f"{said}\n{table.to_string(na_rep='')}", html, png, **kwargs)
 
 
-def _usual(config: Config) -> str:
+def usual(config: Config) -> Baseline:
     """The baseline people mean: for V2 the paper's, which would be a comparison of two sizes for any other model."""
     if config in map(Config.preset, ("v2", "v2.5")):
-        return DEEPSEEK_67B.name
-    return next(name for name in baselines(config) if name.startswith("MHA"))
+        return DEEPSEEK_67B
+    return next(one for name, one in baselines(config).items() if name.startswith("MHA"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextvars import copy_context
+from dataclasses import replace
 
 import ipywidgets
 
@@ -104,10 +105,11 @@ class Memory(ipywidgets.VBox):
         if self._parts is None:
             bench = self._alive()
             sampler = Sampler(Meter(bench))
+            named = replace(bench.config, name=bench.name.rsplit("/", 1)[-1])
             self._parts = (
                 CacheMeter(bench, sampler, self._convert),
                 MemoryTimeline(sampler, live=False),
-                WhatIf(config=bench.config, context=bench.context, format=bench.engine.cache_format),
+                WhatIf(config=named, context=bench.context, format=bench.engine.cache_format),
             )
             meter, timeline, whatif = self._parts
             self._sections = ipywidgets.Accordion(

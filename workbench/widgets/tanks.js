@@ -5,7 +5,7 @@ const PARTS = ["latent", "rotary", "scales"];
 /** Labels that would overlap are left out. */
 function labelled(columns, make) {
   const every = Math.ceil(columns / 30);
-  return Array.from({ length: columns }, (_, layer) => make(layer, layer % every === 0 ? String(layer) : ""));
+  return Array.from({ length: columns }, (_, layer) => make(layer, layer % every === 0 ? String(layer) : "\u00a0"));
 }
 
 /** Tanks of equal scale; `parts` [latent, rotary, scales] bytes a row, `sizes` bytes allocated of each layer. */

@@ -82,8 +82,6 @@ class WhatIfView extends View {
     const { facts } = message;
     this.facts = facts;
     fill(this.choices.model.control, facts.models.map((name) => element("option", { value: name }, name)));
-    const known = facts.formats.some(([name]) => name === message.format) ? [] : [[message.format, ""]];
-    fill(this.choices.format.control, [...facts.formats, ...known].map(([name, doc]) => element("option", { value: name, title: doc }, doc ? `${name}: ${doc}` : name)));
     fill(this.choices.dtype.control, facts.dtypes.map((name) => element("option", { value: name }, name)));
     this.choices.batch.stops = stops(facts.batch, 1);
     this.body.hidden = false;
@@ -108,7 +106,7 @@ class WhatIfView extends View {
   draw() {
     const { result } = this;
     if (!result) return;
-    if (![...this.choices.format.control.options].some(({ value }) => value === result.format)) this.choices.format.control.append(element("option", { value: result.format }, result.format));
+    fill(this.choices.format.control, result.formats.map(([name, row]) => element("option", { value: name }, `${name}: ${exact(row)} a token and layer`)));
     for (const name of ["model", "format", "dtype"]) this.choices[name].control.value = result[name];
     for (const name of ["context", "batch"]) this.place(this.choices[name], result[name]);
     const sum = (parts) => parts.reduce((total, [, bytes]) => total + bytes, 0);
@@ -116,10 +114,11 @@ class WhatIfView extends View {
     const [total, active] = result.parameters;
     this.cache.textContent = size(cache);
     this.cache.title = exact(cache);
-    this.cacheOf.textContent = `cache: ${exact(result.per_token)} a token in ${result.format}`;
+    this.cacheOf.textContent = `cache: ${exact(result.per_token)} a token, ${result.ratio}`;
     this.weights.textContent = size(weights);
     this.weights.title = exact(weights);
-    this.weightsOf.textContent = `weights: ${(total / 1e9).toPrecision(3)}B parameters in ${result.dtype}, ${(active / 1e9).toPrecision(3)}B active`;
+    const many = (count) => (count >= 1e9 ? `${(count / 1e9).toPrecision(3)}B` : `${(count / 1e6).toPrecision(3)}M`);
+    this.weightsOf.textContent = `weights: ${many(total)} parameters, ${many(active)} active`;
     this.all.textContent = size(cache + weights + result.table[1]);
     this.allOf.textContent = `together, without activations`;
     this.drawBars(cache);

@@ -10,9 +10,10 @@ import torch
 from workbench.config import PRESETS, Config
 from workbench.errors import RequestError
 from workbench.footprint import TABLE, Footprint
-from workbench.formats import CACHE_FORMATS
-from workbench.lens.baselines import DEEPSEEK_67B, Ratio, baselines
+from workbench.formats import CACHE_FORMATS, cache_format
+from workbench.lens.baselines import Ratio, baselines
 from workbench.widgets import picture
+from workbench.widgets.cachemeter import usual
 from workbench.widgets.view import View, script
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -74,8 +75,8 @@ class WhatIf(View):
 
     @property
     def ratio(self) -> Ratio:
-        """The cache of a token beside DeepSeek-67B's."""
-        return DEEPSEEK_67B.ratio(self.footprint.per_token)
+        """The cache of a token beside the usual baseline of the model, which `str` names."""
+        return usual(self.footprint.config).ratio(self.footprint.per_token)
 
     def table(self) -> pd.DataFrame:
         """A row a part: bytes, and its share of all."""
@@ -105,6 +106,7 @@ class WhatIf(View):
     def _result(self) -> dict:
         footprint = self.footprint
         tokens = footprint.tokens * footprint.batch
+        known = dict.fromkeys((*CACHE_FORMATS, footprint.format.name))  # one with a window too, if it is chosen
         return {
             "model": self._model,
             "context": footprint.tokens,
@@ -116,6 +118,8 @@ class WhatIf(View):
             "table": [TABLE, footprint.table],
             "cache": list(footprint.cache.items()),
             "per_token": footprint.per_token,
+            "ratio": str(self.ratio),
+            "formats": [[name, cache_format(name).nbytes(footprint.row)] for name in known],
             "parameters": list(footprint.config.parameters()),
             "baselines": [[b.name, b.doc, b.nbytes * tokens, b.own] for b in baselines(footprint.config).values()],
         }
@@ -124,7 +128,6 @@ class WhatIf(View):
         with self._lock:
             facts = {
                 "models": list(self.models),
-                "formats": [[format.name, format.doc] for format in CACHE_FORMATS.values()],
                 "dtypes": list(DTYPES),
                 "batch": MOST,
             }
