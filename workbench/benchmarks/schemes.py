@@ -32,7 +32,8 @@ TEXTS, QUICK, LENGTH = 24, 4, 512
 ROW = Row(512, 64)
 
 NOT_CARRIED = (
-    "pocket's latent is 64 wide, the published one 512: a single scale for 512 elements spans more than one for 64. "
+    "pocket's latent is 64 wide, the published one 512: a single scale spans eight times as many elements there, and "
+    "on pocket groups of 64 are the same as one scale. "
     "Where no channel stands out, 6 bits with one scale lose less of the latent than 5 bits in groups; where some do, "
     "more. The errors on made rows show both; only real weights decide.",
     "Which channels of the latent stand out, and how far the norm weights spread, was learned in a few thousand steps. "

@@ -1,7 +1,6 @@
 """The memory of a conversation, below it: cache meter, timeline and what-if, made when they are first opened."""
 
 from collections.abc import Callable
-from contextvars import copy_context
 from dataclasses import replace
 
 import ipywidgets
@@ -23,7 +22,6 @@ class Memory(ipywidgets.VBox):
     """
 
     def __init__(self, conversation: Conversation, converted: Callable[[], None]) -> None:
-        self._context = copy_context()
         self._converted = converted
         self._parts: tuple[CacheMeter, MemoryTimeline, WhatIf] | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -88,11 +86,9 @@ class Memory(ipywidgets.VBox):
             meter.sampler.retire()
 
     def hear(self, event: Event) -> None:
-        """One event of the conversation, in the thread of its worker."""
+        """One event of the conversation, in the thread of its worker. What the views are told comes from the sampler's."""
         if self.opened:
             self.meter.sampler.hear(event)
-            if event.kind == "finished":
-                self._context.copy().run(self._finish)
 
     # Behind it
 
@@ -123,12 +119,6 @@ class Memory(ipywidgets.VBox):
     def _unfolded(self) -> None:
         if self._parts:
             self.timeline.live = self.opened and self._sections.selected_index == 0
-
-    def _finish(self) -> None:
-        self.meter.sampler.sample()
-        self.meter.refresh()
-        if self.timeline.live:
-            self.timeline.refresh()
 
     def _convert(self, format: str) -> Errors:
         talk = self.conversation

@@ -27,10 +27,11 @@ def pareto(table: pd.DataFrame, title: str, mark: Collection[str] = ()) -> Plot:
     """A point for each row of a table of two columns, less being better in both: the first across, the second up and
     logarithmic.
 
-    The frontier is a line of steps: between two choices there is none. Its points carry their names; the others do
-    where all are few or they are in `mark`, and else when pointed at. A zero, which a logarithm has no place for, is
-    drawn below all others and says so. The text alternative is the table, with a column that says which are on the
-    frontier. RequestError for a table that has not two columns of finite numbers, none of them negative, or no row.
+    The frontier is a line of steps: between two choices there is none. Written beside their points are the names in
+    `mark`; without it all where they are few, else those of the frontier; any is shown when pointed at. A zero, which a
+    logarithm has no place for, is drawn below all others and says so. The text alternative is the table, with a column
+    that says which are on the frontier. RequestError for a table that has not two columns of finite numbers, none of
+    them negative, or no row.
     """
     values = table.to_numpy(float) if table.shape[1] == 2 else np.array([np.nan])
     if not values.size or not np.isfinite(values).all() or (values < 0).any():
@@ -40,8 +41,7 @@ def pareto(table: pd.DataFrame, title: str, mark: Collection[str] = ()) -> Plot:
     lowest = float(positive.min()) / 2 if positive.size else 1.0
     best = frontier(table)
     names = [escape(str(name)) + ("" if y else " (0)") for name, y in zip(table.index, values[:, 1], strict=True)]
-    few = len(table) <= FEW
-    shown = [few or said or str(name) in mark for name, said in best.items()]
+    shown = [str(name) in mark if mark else len(table) <= FEW or said for name, said in best.items()]
 
     def points(chosen: pd.Series, name: str, position: str, **look) -> go.Scatter:
         places = sorted(np.flatnonzero(chosen), key=lambda place: tuple(values[place]))
@@ -63,6 +63,11 @@ def pareto(table: pd.DataFrame, title: str, mark: Collection[str] = ()) -> Plot:
     ]  # fmt: skip
     plot = Plot(traces, table.assign(**{FRONTIER: best.map({True: "yes", False: ""})}), title)
     plot.update_layout(height=420)
-    plot.update_xaxes(title=across, rangemode="tozero")
+    low, high = float(values[:, 0].min()), float(values[:, 0].max())
+    if low > high / 2:  # from 0 on there would be little to see; what is left of the points is for their names
+        low, high = low - 0.4 * (high - low), high + 0.1 * (high - low)
+    else:
+        low, high = 0.0, 1.05 * high
+    plot.update_xaxes(title=across, range=[low, high] if high > low else None)
     plot.update_yaxes(title=up, type="log", dtick=1, exponentformat="power")
     return plot

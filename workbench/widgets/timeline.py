@@ -93,7 +93,7 @@ class MemoryTimeline(View):
         if self._own and view is not None and self.sampler.meter is not None:
             self.sampler.start()
         with self._lock:
-            sampler = self.sampler
+            sampler, self._last = self.sampler, monotonic()
             if not sampler.readings:
                 sampler.sample()
             self._told = (sampler.revision, len(sampler.readings), len(sampler.marks))
