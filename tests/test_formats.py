@@ -176,8 +176,8 @@ def as_numbers(part):
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
 def test_packing_is_the_slow_loop(codec, kind):
-    for width in WIDTHS[:-1] if isinstance(codec, Tiles) else WIDTHS:
-        x = vectors(kind, width)[::2]
+    for width in WIDTHS[1:-1] if isinstance(codec, Tiles) else WIDTHS:
+        x = vectors(kind, width)[::3]
         parts = codec.pack(x)
         back = codec.unpack(parts, width)
         for row, one in enumerate(x.float().numpy()):

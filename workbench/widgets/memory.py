@@ -86,7 +86,7 @@ class Memory(ipywidgets.VBox):
             meter.sampler.retire()
 
     def hear(self, event: Event) -> None:
-        """One event of the conversation, in the thread of its worker. What the views are told comes from the sampler's."""
+        """One event of the conversation, in the thread of its worker. Views are told in that of the sampler."""
         if self.opened:
             self.meter.sampler.hear(event)
 
