@@ -154,7 +154,7 @@ class Strip(ast.NodeTransformer):
 
     def visit_Call(self, node):
         self.generic_visit(node)
-        if isinstance(node.func, ast.Name) and node.func.id == "probe":
+        if isinstance(node.func, ast.Name) and node.func.id in ("probe", "see"):
             self.sites += 1
             return node.args[1]
         if ast.unparse(node.func) == "probe.routed":
@@ -169,7 +169,7 @@ class Strip(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Assign(self, node):
-        return None if ast.unparse(node.targets[0]) == "probe" else self.generic_visit(node)
+        return None if ast.unparse(node.targets[0]) in ("probe", "see") else self.generic_visit(node)
 
     def visit_If(self, node):
         if ast.unparse(node.test).startswith("probe.opens("):
@@ -195,9 +195,8 @@ def stripped():
     """The classes of workbench/model.py without probes."""
     strip = Strip()
     bare = ast.fix_missing_locations(strip.visit(ast.parse(inspect.getsource(model_module))))
-    left = [
-        node for node in ast.walk(bare) if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("probe")
-    ]
+    calls = [node for node in ast.walk(bare) if isinstance(node, ast.Call)]
+    left = [node for node in calls if ast.unparse(node.func).startswith(("probe", "see"))]
     assert not left, [ast.unparse(node) for node in left]
     assert strip.sites == len(SITES) - sum(map(len, INSIDE.values()))
     names = {"__name__": model_module.__name__}

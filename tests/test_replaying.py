@@ -36,6 +36,11 @@ sys.exit(main(["replay", "--text", sys.argv[1]]))"""
     assert "max_over_mean" in answer.stdout and "strongest expert of the first 6 tokens" in answer.stdout
 
 
+def test_an_unknown_option_is_refused_where_jupyterlab_is_not_started(saved):
+    with pytest.raises(SystemExit):
+        main(["replay", "--text", saved[0], "--colour"])
+
+
 def test_two_traces_are_compared_in_text(saved, capsys):
     assert main(["replay", "--text", *saved]) == 0
     text = capsys.readouterr().out

@@ -14,7 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 where the doctor found something broken, or 2 where what was asked cannot be done."""
     parser = _parser()
     options, extra = parser.parse_known_args(arguments)
-    if extra and options.command not in ("lab", "replay"):
+    opens_lab = options.command == "lab" or options.command == "replay" and not options.text
+    if extra and not opens_lab:
         parser.error(f"unrecognised arguments: {' '.join(extra)}")
     options.extra = extra
     try:

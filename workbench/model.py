@@ -51,19 +51,20 @@ class Attention(nn.Module):
         self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe
     ) -> torch.Tensor:
         config, eps = self.config, self.config.rms_norm_eps
+        see = probe.see
         query, compressed = ops.linear(x, self.down).split(
             [self.down.shape[0] - config.latent_width, config.latent_width], -1
         )
         if config.q_lora_rank is not None:
-            query = probe("attn.q_latent", ops.rms_norm(query, self.q_norm, eps))
+            query = see("attn.q_latent", ops.rms_norm(query, self.q_norm, eps))
             query = ops.linear(query, self.q_up)
         query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))  # [B, T, H, N + R]
         content, position = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        content = probe("attn.q_content", content)
+        content = see("attn.q_content", content)
         latent, k_rope = compressed.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
         turned = rotate(torch.cat([position, k_rope[:, :, None]], 2), rotations[:, :, None])
-        position, k_rope = probe("attn.q_rope", turned[:, :, :-1]), probe("attn.k_rope", turned[:, :, -1])
-        latent = probe("attn.kv_latent", ops.rms_norm(latent, self.kv_norm, eps))
+        position, k_rope = see("attn.q_rope", turned[:, :, :-1]), see("attn.k_rope", turned[:, :, -1])
+        latent = see("attn.kv_latent", ops.rms_norm(latent, self.kv_norm, eps))
         rows = torch.cat([latent, k_rope], -1)  # [B, T, W]
         if cache is not None:
             cache.append(self.layer, rows)
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         else:
             each = [self.recall(content[b : b + 1], position[b : b + 1], cache, b) for b in range(cache.batch)]
             z = torch.cat(each) if len(each) > 1 else each[0]
-        return ops.linear(probe("attn.z", z).flatten(-2), self.out)
+        return ops.linear(see("attn.z", z).flatten(-2), self.out)
 
     def read(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """[B, T, H, N] and [B, T, H, R] against rows [B, S, W]: [B, T, H, V], by the form that multiplies less."""
@@ -191,17 +192,18 @@ class Mixture(nn.Module):
 
     def forward(self, x: torch.Tensor, probe: Probe = OFF) -> torch.Tensor:
         shape = x.shape[:-1]
+        see = probe.see
         ids, gates = self.choose(x, probe)
         flat, ids, gates = x.flatten(0, -2), ids.flatten(0, -2), gates.flatten(0, -2)
         waves = self.store.waves(self.layer, ids)
         if probe.opens("experts"):
             outputs = reduce(add, (ops.expert_outputs(flat, slots, *bank) for bank, slots in waves))
-            outputs = probe("moe.expert_out", outputs.view(*shape, *outputs.shape[1:]))
+            outputs = see("moe.expert_out", outputs.view(*shape, *outputs.shape[1:]))
             routed = ops.weigh_outputs(outputs.flatten(0, -3), gates)
         else:
             routed = reduce(add, (ops.experts(flat, slots, gates, *bank) for bank, slots in waves))
-        routed = probe("moe.routed_out", routed.view(*shape, -1))
-        return routed if self.shared is None else routed + probe("moe.shared_out", self.shared(x))
+        routed = see("moe.routed_out", routed.view(*shape, -1))
+        return routed if self.shared is None else routed + see("moe.shared_out", self.shared(x))
 
     def choose(self, x: torch.Tensor, probe: Probe) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and gates [..., K] of the experts for x [..., D]."""
@@ -232,13 +234,14 @@ class Block(nn.Module):
         self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe
     ) -> torch.Tensor:
         probe = probe.at(self.layer)
-        x = probe("resid.pre", x)
+        see = probe.see
+        x = see("resid.pre", x)
         attended = self.attention(
-            probe("attn.in", ops.rms_norm(x, self.attention_norm, self.eps)), rotations, cache, probe
+            see("attn.in", ops.rms_norm(x, self.attention_norm, self.eps)), rotations, cache, probe
         )
-        x = probe("resid.mid", x + probe("attn.out", attended))
-        fed = self.mlp(probe("mlp.in", ops.rms_norm(x, self.mlp_norm, self.eps)), probe)
-        return probe("resid.post", x + probe("mlp.out", fed))
+        x = see("resid.mid", x + see("attn.out", attended))
+        fed = self.mlp(see("mlp.in", ops.rms_norm(x, self.mlp_norm, self.eps)), probe)
+        return see("resid.post", x + see("mlp.out", fed))
 
 
 class Model(nn.Module):

@@ -4,7 +4,7 @@ B batch, T new tokens, S tokens so far, D hidden, H heads, N content width of a 
 Q query latent, C key-value latent, E experts, G groups of experts, K chosen.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -110,6 +110,11 @@ class Probe:
     def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    @property
+    def see(self) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        """What a layer calls at its sites: this probe, as a function."""
+        return self.__call__
+
     def select(self, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """The experts to choose, asked only where "route" is open.
 
@@ -140,10 +145,10 @@ class Silent(Probe):
     """A probe that does nothing at a single site, at the least cost.
 
     What a mapping of nothing gets is the default, x: the base's own answer without a frame of Python for each of some
-    twenty sites a layer, which on a small model are 1 % of the time.
+    twenty sites a layer, which on a small model would be 1 % of the time.
     """
 
-    __call__ = staticmethod({}.get)
+    __call__ = see = staticmethod({}.get)
 
 
 class _Off(Silent):

@@ -1,8 +1,8 @@
 """The static routing recorder: ids, gates and margins of every token, written into tensors that are there beforehand.
 
 A pass only writes; the host reads later, when somebody asks or room is needed, so generation never waits for it and a
-captured graph can contain it. On a CPU, where every write costs as much as a small product, passes are kept as they are
-and written some at a time. L layers with experts, B batch, T new tokens, K chosen.
+captured graph can contain it. On a CPU, where every operation costs as much as a small product, passes are only put
+together, and written some at a time. L layers with experts, B batch, T new tokens, K chosen.
 """
 
 import math
@@ -16,7 +16,7 @@ from workbench.config import Config
 from workbench.probe import OFF, Probe, Silent
 
 CAPACITY = 1024  # tokens
-TOGETHER = 32  # tokens that are written at once where passes are kept
+TOGETHER = 32  # tokens written at once on a CPU
 
 
 class Routing(NamedTuple):
@@ -102,9 +102,10 @@ class RoutingRing(Silent):
         self._logs: tuple[RoutingLog, ...] = ()
         self._owed: list[_Run] = []  # written, not yet handed to the logs
         self._written = 0  # rows
-        self._passing: list[tuple[torch.Tensor, ...]] = []  # ids, gates and scores of each layer
-        self._kept: list[list[tuple[torch.Tensor, ...]]] = []  # passes that are not written yet, all of one run
-        self._run = ((0, 0), self._logs)  # B and T, and the logs, of the pass
+        self._passed: list[torch.Tensor] = []  # ids, gates and scores of each layer, one after the other
+        self._run: tuple[tuple[int, ...], tuple[RoutingLog, ...]] = ((0, 0), ())  # B and T, and the logs, of the pass
+        self._desk: list[tuple[torch.Tensor, torch.Tensor]] = []  # places for passes of this shape to be put together
+        self._waiting = 0  # of these places, taken by passes that are not written yet
         self._resize(capacity)
 
     def log(self) -> RoutingLog:
@@ -119,17 +120,14 @@ class RoutingRing(Silent):
         return self
 
     def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
-        run = (tuple(positions.shape), self._logs)
+        run = (positions.shape, self._logs)
         if run != self._run:
-            self._write()
-            self._run = run
-        rows, tokens = run[0]
-        assert len(self._logs) == rows, f"{len(self._logs)} logs for {rows} sequences"
-        self._passing = []
-        if self._written + (len(self._kept) + 1) * rows * tokens > self.capacity:
+            self._turn_to(run)
+        self._passed = []
+        if self._written + (self._waiting + 1) * self._new > self.capacity:
             self.drain()
-            if rows * tokens > self.capacity:
-                self._resize(rows * tokens)
+            if self._new > self.capacity:
+                self._resize(self._new)
         return self
 
     def at(self, layer: int) -> Probe:
@@ -139,49 +137,68 @@ class RoutingRing(Silent):
         self, ids: torch.Tensor, gates: torch.Tensor, scores: torch.Tensor, probs: torch.Tensor | None = None
     ) -> torch.Tensor:
         missing = self.slots - ids.size(-1)
-        self._passing.append((ids, gates, scores) if not missing else _widened(ids, gates, scores, missing))
+        self._passed += (ids, gates, scores) if not missing else _widened(ids, gates, scores, missing)
         return gates
 
     def end(self) -> None:
         if not self.layers:
             return
-        if torch.is_grad_enabled():  # a kept pass must not keep a graph alive
-            self._passing = [tuple(x.detach() for x in layer) for layer in self._passing]
-        rows, tokens = self._run[0]
+        passed = [x.detach() for x in self._passed] if torch.is_grad_enabled() else self._passed
+        ids = passed[::3]
+        del passed[::3]
         with self._lock:
-            self._kept.append(self._passing)
-            if self.by_index or len(self._kept) * rows * tokens >= TOGETHER:
-                self._write()
+            if self._desk:
+                places = self._desk[self._waiting]
+                torch.cat(ids, -1, out=places[0])
+                torch.cat(passed, -1, out=places[1])
+                self._waiting += 1
+                if self._waiting == len(self._desk):
+                    self._write()
+            else:
+                self._put(1, torch.cat(ids, -1), torch.cat(passed, -1))
+
+    def _turn_to(self, run: tuple[tuple[int, ...], tuple[RoutingLog, ...]]) -> None:
+        """From now on passes have this shape and are of these sequences."""
+        (rows, tokens), logs = run
+        assert len(logs) == rows, f"{len(logs)} logs for {rows} sequences"
+        with self._lock:
+            self._write()
+            if run[0] != self._run[0]:
+                self._new = rows * tokens
+                passes = 0 if self.by_index else TOGETHER // self._new
+                with torch.inference_mode(False):
+                    width = len(self.layers) * self.slots
+                    ids = torch.empty(passes, rows, tokens, width, dtype=torch.int64)
+                    weights = torch.empty(passes, rows, tokens, 2 * width + len(self.layers))
+                self._tables, self._desk = (ids, weights), list(zip(ids, weights, strict=True))
+            self._run = run
 
     def _write(self) -> None:
-        """The passes that are kept into the rings."""
-        with self._lock, torch.no_grad():
-            if not self._kept:
-                return
-            passes, ((_, tokens), logs) = len(self._kept), self._run
-            layers = (layer for passing in self._kept for layer in passing)
-            ids, gates, scores = (self._rows(parts) for parts in zip(*layers, strict=True))
-            margins = scores[..., :-1] - scores[..., -1:]
-            first, new = self._written, ids.shape[0]
-            for ring, values in zip(self._rings, (ids, gates, margins), strict=True):
-                if self.by_index:
-                    ring.index_copy_(0, self._cursor + self._count[:new], values.to(ring.dtype))
-                else:
-                    ring[first : first + new] = values
-            if self.by_index:
-                self._cursor += new
-            self._written += new
-            self._kept = []
-            before = self._owed[-1] if self._owed else None
-            if before and before[2:] == (tokens, logs):
-                self._owed[-1] = before._replace(passes=before.passes + passes)
-            else:
-                self._owed.append(_Run(first, passes, tokens, logs))
+        """The passes that wait into the rings."""
+        with self._lock:
+            passes, self._waiting = self._waiting, 0
+            if passes:
+                self._put(passes, *(table[:passes] for table in self._tables))
 
-    def _rows(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """[B, T, K] of each pass and layer, as [passes B T, L, K]."""
-        each = torch.cat(parts).unflatten(0, (len(self._kept), len(self.layers), -1)).flatten(2, 3)
-        return each.transpose(1, 2).flatten(0, 1)
+    def _put(self, passes: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Ids [..., L K], and gates and scores [..., L (K + K + 1)], of all tokens of these passes into the rings."""
+        ids = ids.view(-1, len(self.layers), self.slots)
+        gates, chosen, best = weights.view(*ids.shape[:2], -1).split([self.slots, self.slots, 1], -1)
+        first, new = self._written, len(ids)
+        for ring, values in zip(self._rings, (ids, gates, chosen - best), strict=True):
+            if self.by_index:
+                ring.index_copy_(0, self._cursor + self._count[:new], values.to(ring.dtype))
+            else:
+                ring[first : first + new] = values
+        if self.by_index:
+            self._cursor += new
+        self._written += new
+        (_, tokens), logs = self._run
+        before = self._owed[-1] if self._owed else None
+        if before and before[2:] == (tokens, logs):
+            self._owed[-1] = before._replace(passes=before.passes + passes)
+        else:
+            self._owed.append(_Run(first, passes, tokens, logs))
 
     def drain(self) -> None:
         """Hands everything written so far to the logs."""

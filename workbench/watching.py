@@ -66,8 +66,10 @@ class Watch:
 
     def probe(self, watched: Sequence["Watched"]) -> Probe:
         """The probe of a pass over these sequences, in the order of the batch."""
+        ring = self.ring.to(*[one.log for one in watched]) if self.ring.layers else OFF
+        if not self.edits and not self.recording:
+            return ring
         editing = self.editing.on([one.reply.stats.prompt_tokens for one in watched]) if self.editing else OFF
-        ring = self.ring.to(*(one.log for one in watched)) if self.ring.layers else OFF
         if not self.recording:
             return both(editing, ring)
         return both(editing, ring, _Rows([both(*one.recorders) for one in watched]))

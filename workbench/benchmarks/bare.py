@@ -23,7 +23,7 @@ PROBE = "probe"  # what model.py calls one, everywhere
 def without_probes(tree: ast.Module) -> ast.Module:
     """The module without probes, also as arguments. AssertionError if it mentions them in a way not known here."""
     bare = ast.fix_missing_locations(_Without().visit(tree))
-    left = [node for node in ast.walk(bare) if getattr(node, "id", getattr(node, "arg", None)) == PROBE]
+    left = [node for node in ast.walk(bare) if getattr(node, "id", getattr(node, "arg", None)) in (PROBE, "see")]
     assert not left, f"model.py:{left[0].lineno}: still a probe; teach workbench/benchmarks/bare.py this use"
     return bare
 
@@ -52,7 +52,7 @@ def _under(module: ModuleType, part: nn.Module) -> nn.Module:
 class _Without(ast.NodeTransformer):
     def visit_Call(self, call: ast.Call) -> ast.expr:
         self.generic_visit(call)
-        if _is_probe(call.func) or _method(call) == "routed":  # probe(site, x); probe.routed(ids, gates, ...)
+        if _is_probe(call.func) or _is_see(call.func) or _method(call) == "routed":  # (site, x), or (ids, gates, ...)
             return call.args[1]
         call.args = [each for each in call.args if not _is_probe(each)]
         call.keywords = [each for each in call.keywords if each.arg != PROBE]
@@ -67,10 +67,11 @@ class _Without(ast.NodeTransformer):
         return None if _method(line.value) else self.generic_visit(line)
 
     def visit_Assign(self, line: ast.Assign) -> ast.stmt | None:
-        if _method(line.value):  # probe = probe.at(...)
+        target = line.targets[0]
+        if _method(line.value) or _is_see(target):  # probe = probe.at(...); see = probe.see
             return None
         self.generic_visit(line)
-        target, value = line.targets[0], line.value
+        value = line.value
         to_itself = isinstance(target, ast.Name) and isinstance(value, ast.Name) and target.id == value.id
         return None if to_itself else line
 
@@ -83,6 +84,11 @@ class _Without(ast.NodeTransformer):
 
 def _is_probe(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id == PROBE
+
+
+def _is_see(node: ast.AST) -> bool:
+    """What a layer calls a probe by, see Probe.see."""
+    return isinstance(node, ast.Name) and node.id == "see"
 
 
 def _method(node: ast.AST) -> str | None:

@@ -1,17 +1,19 @@
 """What looking costs: decode and prefill with probes off, recording and editing, against code without probes (bare.py).
 
 The machine is shared and its speed drifts by more than what is measured. So every way of looking runs in many short
-blocks, all of them in every round and in a new order each time, and is compared with the baseline of its own round; the
-baseline runs twice, and its second run against its first shows what a difference of nothing looks like.
+blocks, in a new order every round, and is compared with the baseline of its own round; the baseline runs twice, and its
+second run against its first shows what a difference of nothing looks like. With one thread the clock is the processor's
+time, in which nobody else takes part.
 """
 
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -33,20 +35,21 @@ from workbench.benchmarks.measure import (
 from workbench.benchmarks.rivals import CACHE
 from workbench.cache import LatentCache
 from workbench.checkpoint import open_model
-from workbench.editing import Editing
 from workbench.edits import Ablate, Edit, TopK
 from workbench.errors import RequestError
 from workbench.model import Model
-from workbench.probe import OFF, SITES, Probe, both, layers_with
+from workbench.probe import OFF, SITES, Probe, layers_with
 from workbench.recorder import Recorder
-from workbench.ring import RoutingRing
+from workbench.reply import Stats
+from workbench.watching import Watch
 
 BARE, AGAIN, OFF_NAME, STATIC = "no probes in the code", "the same again", "probes off", "static routing recorder"
 LIMITS = {OFF_NAME: 0.5, STATIC: 2.0}  # percent
-STEPS = 16  # tokens of a block: the static recorder is read off after each, more often than a live view asks
+STEPS = 32  # tokens of a block: the static recorder is read off after each, more often than a live view asks
 PROMPT = 128  # tokens
-SECONDS = {"decode": 75.0, "prefill": 20.0}  # rounds that fit into it are the default
-FEWEST = 5  # rounds
+SECONDS = {"decode": 65.0, "prefill": 15.0}  # rounds that fit into it are the default
+FEWEST = 8  # rounds
+SELDOM = 4  # of so many rounds, what has no limit to keep takes part in one
 CHECKED = 32  # positions whose logits must agree before anything is timed
 RESAMPLES = 2000
 
@@ -126,7 +129,7 @@ class Result:
         lines = [
             f"{about['model']}: {about['parameters'] / 1e6:.1f}M parameters",
             f"{about['dtype']}, threads: {about['threads']}, load before: {about['load']}",
-            f"{about['cpu']}; torch {about['torch']}",
+            f"{about['cpu']}; torch {about['torch']}; clock: {about['clock']}",
             "without probes and off: the same bits, the same operations",
             scatter(about["load"]).rstrip(),
         ]
@@ -174,7 +177,7 @@ def measure(
         cache.truncate(0)
         model(tokens[:, :context], cache, logits="last")
         decode = _table(ways, tokens[:, context : context + 1], cache, context, STEPS, rounds, SECONDS["decode"])
-        run = {"dtype": dtype, "context": context, "load": load, "rounds": len(decode[0].ms)}
+        run = {"dtype": dtype, "context": context, "load": load, "clock": _clock().__name__}
         return Result(about(config, path, shape) | run, decode, prefill)
 
 
@@ -202,15 +205,10 @@ def ways_of(model: Model) -> list[Way]:
 
 
 def _static(model: Model, name: str, *edits: Edit) -> Way:
-    """As the engine always records, see Watch. A TopK with the model's own K costs what looking costs, and no more."""
-    ring = RoutingRing(model.config)
-    editing = Editing(edits, model.config, []) if edits else None
-    log = ring.log()
-
-    def probe() -> Probe:
-        return both(editing.on([0]) if editing else OFF, ring.to(log))
-
-    return Way(name, copy_of(model, probes=True), probe, after=ring.drain)
+    """As the engine always records. A TopK with the model's own K costs what looking costs, and no more."""
+    watch = Watch(model, name, edits)
+    one = watch.of(SimpleNamespace(stats=Stats(prompt_tokens=0, seed=0)), str)
+    return Way(name, copy_of(model, probes=True), lambda: watch.probe([one]), after=watch.ring.drain)
 
 
 def _recorded(model: Model, name: str, sites: Sequence[str]) -> Way:
@@ -256,22 +254,33 @@ def _table(
 ) -> tuple[Row, ...]:
     """The ways in turns on `tokens`, `passes` of them one after the other, with `at` tokens in the cache before."""
     counts = [_ops(way, tokens, cache, at) for way in ways]
+    dice = random.Random(0)
+
+    def run(number: int) -> dict[str, float]:
+        """Milliseconds per token of each way that is in this round, in an order that chance decides."""
+        chosen = [way for way in ways if number % SELDOM == 0 or way.name in (BARE, AGAIN, *LIMITS)]
+        taken = {}
+        for way in dice.sample(chosen, len(chosen)):
+            taken[way.name] = _block(way, tokens, cache, passes) / (passes * tokens.shape[1])
+            cache.truncate(at)
+        return taken
+
     if rounds is None:
         started = time.perf_counter()
-        _round(ways, tokens, cache, at, passes, order=range(len(ways)))
-        rounds = max(FEWEST, int(seconds / (time.perf_counter() - started)))
-    dice = random.Random(0)
-    taken = []  # [rounds][ways] ms per token
-    for _ in range(rounds):
-        order = dice.sample(range(len(ways)), len(ways))
-        taken.append(_round(ways, tokens, cache, at, passes, order))
-    rows = []
-    for number, (way, ops) in enumerate(zip(ways, counts, strict=True)):
-        base = [each[0] if way.name in (BARE, AGAIN) else (each[0] + each[1]) / 2 for each in taken]
-        ms = [each[number] for each in taken]
+        for number in range(SELDOM):
+            run(number)
+        rounds = max(FEWEST, int(SELDOM * seconds / max(time.perf_counter() - started, 1e-9)))
+    return tuple(rows_of([run(number) for number in range(rounds)], ways, counts))
+
+
+def rows_of(taken: Sequence[dict[str, float]], ways: Sequence[Way], ops: Sequence[int]) -> Iterator[Row]:
+    """A row a way, from the milliseconds of each round."""
+    for way, count in zip(ways, ops, strict=True):
+        there = [one for one in taken if way.name in one]
+        base = [one[BARE] if way.name in (BARE, AGAIN) else (one[BARE] + one[AGAIN]) / 2 for one in there]
+        ms = [one[way.name] for one in there]
         extra = tuple(round(100 * (one / b - 1), 3) for one, b in zip(ms, base, strict=True))
-        rows.append(Row(way.name, tuple(round(one, 5) for one in ms), extra, ops, LIMITS.get(way.name)))
-    return tuple(rows)
+        yield Row(way.name, tuple(round(one, 5) for one in ms), extra, count, LIMITS.get(way.name))
 
 
 def _ops(way: Way, tokens: torch.Tensor, cache: LatentCache, at: int) -> int:
@@ -284,15 +293,8 @@ def _ops(way: Way, tokens: torch.Tensor, cache: LatentCache, at: int) -> int:
     return len(listed.ops)
 
 
-def _round(
-    ways: Sequence[Way], tokens: torch.Tensor, cache: LatentCache, at: int, passes: int, order: Sequence[int]
-) -> list[float]:
-    """Milliseconds per token of each way, run in this order."""
-    taken = [0.0] * len(ways)
-    for number in order:
-        taken[number] = _block(ways[number], tokens, cache, passes) / (passes * tokens.shape[1])
-        cache.truncate(at)
-    return taken
+def _clock() -> Callable[[], float]:
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _block(way: Way, tokens: torch.Tensor, cache: LatentCache, passes: int) -> float:
@@ -303,12 +305,13 @@ def _block(way: Way, tokens: torch.Tensor, cache: LatentCache, passes: int) -> f
         cache.truncate(length)
     way.after()
     way.before()
+    clock = _clock()
     gc.disable()
     try:
-        started = time.perf_counter()
+        started = clock()
         for _ in range(passes):
             way.run(tokens, cache)
         way.after()
-        return 1e3 * (time.perf_counter() - started)
+        return 1e3 * (clock() - started)
     finally:
         gc.enable()
