@@ -14,9 +14,10 @@ from workbench.errors import RequestError
 PUBLISHED = (
     "total active cache throughput vram speed gsm8k math c-eval scores licence tools languages context needles cost "
     "groups"
-) @ pytest.fixture(scope="module")
+)
 
 
+@pytest.fixture(scope="module")
 def entries():
     return {entry.claim.key: entry for entry in ledger()}
 

@@ -50,7 +50,7 @@ def tiles(view):
 def bars(view):
     """{scheme: (bytes as text, share of the axis)}"""
     read = """(rows) => rows.map((row) => {
-      const [bar, axis] = [row.querySelector(".wbm-bar"), row.cells[1]].map((each) => each.getBoundingClientRect().width);
+      const [bar, axis] = [row.querySelector(".wbm-bar"), row.cells[1]].map((e) => e.getBoundingClientRect().width);
       return [row.cells[0].innerText, row.cells[2].innerText, bar / axis];
     })"""
     return {name: (said, width) for name, said, width in view.page.locator(".wbm-bars tbody tr").evaluate_all(read)}

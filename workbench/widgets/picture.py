@@ -113,7 +113,7 @@ def bars(rows: Sequence[tuple[str, float]], title: str, mine: str) -> bytes:
 
 
 def areas(x: Sequence[float], parts: Mapping[str, Sequence[float]], title: str, axis: str) -> bytes:
-    """PNG of bytes over increasing `x`, stacked, the first at the bottom; `axis` is what x counts."""
+    """PNG of bytes over increasing `x`, stacked from the bottom; each holds until the next. `axis` is what x counts."""
     left, top, across, tall = 84, 44, 600, 260
     image, draw = _page(900, top + tall + 48)
     _text(draw, (16, 10), title, 14, INK)
@@ -125,12 +125,13 @@ def areas(x: Sequence[float], parts: Mapping[str, Sequence[float]], title: str, 
         return (left + across * (at - x[0]) / span) * SCALE, (top + tall * (1 - size / most)) * SCALE
 
     for number in reversed(range(len(stack))):
-        edge = [point(at, size) for at, size in zip(x, stack[number])]
+        ends = [*x[1:], x[-1]]
+        edge = [point(at, size) for start, end, size in zip(x, ends, stack[number]) for at in (start, end)]
         draw.polygon([point(x[0], 0), *edge, point(x[-1], 0)], fill=HUES[number % len(HUES)])
     for step in (0, 0.5, 1):
         _text(draw, (16, top + tall * (1 - step) - 7), size_of(most * step), 10, SOFT)
     for step in (0, 0.5, 1):
-        _text(draw, (left + across * step - 8, top + tall + 8), f"{x[0] + span * step:,.3g}", 10, SOFT)
+        _text(draw, (left + across * step - 8, top + tall + 8), f"{x[0] + span * step:,.1f}", 10, SOFT)
     _text(draw, (left + across / 2 - 30, top + tall + 24), axis, 10, SOFT)
     for number, (name, part) in enumerate(parts.items()):
         y = top + tall - 20 * (number + 1)
@@ -145,7 +146,7 @@ def size_of(count: float) -> str:
     if count < 100_000:
         return f"{count:,.0f} B"
     power = min(4, int(math.log10(count) // 3))
-    return f"{count / 1000**power:.3g} {' kMGT'[power]}B"
+    return f"{count / 1000**power:.3g} {' KMGT'[power]}B"
 
 
 def _page(width: float, height: float) -> tuple[Image.Image, ImageDraw.ImageDraw]:
