@@ -163,7 +163,7 @@ class Engine:
         reply = self._reply(made, prompt, sampling or Sampling(), continues=bool(said))
         for token in said:
             reply.decoder.push(token)  # completes a character that the reply was cut in
-        watched = self._watched(Watch(self.model, self.name, edits, watch, scores), reply)
+        watched = self._watched(Watch(self.model, self.name, edits, watch, scores, self.cache_format), reply)
         return Stream(self._steps(watched, stop or threading.Event()), made, watched)
 
     def _reply(self, made: Prompt, prompt: Request, sampling: Sampling, continues: bool = False) -> Reply:
@@ -254,7 +254,7 @@ class Engine:
             except RequestError as error:
                 raise RequestError(f"prompt {number}: {error}") from error
         waiting.reverse()
-        watching = Watch(self.model, self.name, edits, watch, scores)
+        watching = Watch(self.model, self.name, edits, watch, scores, self.cache_format)
         cache = self.new_cache(batch=min(slots, len(waiting)))
         running: dict[int, tuple[int, Watched, list[Step]]] = {}  # slot -> number of the prompt, and its answer so far
         while waiting or running:
