@@ -96,6 +96,7 @@ class FakeEngine:
         self.fails_at, self.error = None, None
         self.holds = False
         self.asked = []
+        self.cache_format = "bf16"
 
     def stream(self, prompt, sampling=None, *, edits=(), stop=None, open_last=False):
         self.asked.append(SimpleNamespace(messages=prompt, sampling=sampling, edits=edits, open_last=open_last))

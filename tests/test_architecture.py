@@ -18,14 +18,14 @@ ROOT = Path(__file__).parent.parent
 
 # imports go down or stay level, never up and never round
 FLOORS = {
-    9: ["__main__", "doctor", "lab", "terminal", "recording", "replaying"],
+    9: ["__main__", "doctor", "lab", "terminal", "recording", "replaying", "claims"],
     8: ["widgets", "exercises"],
-    7: ["workbench", "session", "turns", "worker", "evals", "train", "benchmarks"],
+    7: ["workbench", "session", "turns", "worker", "meter", "timeline", "evals", "train", "benchmarks"],
     6: ["engine", "watching"],
-    5: ["checkpoint", "shards", "chat", "reply"],
+    5: ["checkpoint", "shards", "chat", "reply", "storages"],
     4: ["model"],
-    3: ["experts"],
-    2: ["ops", "lens"],
+    3: ["experts", "weights"],
+    2: ["ops", "lens", "footprint"],
     1: [
         "cache",
         "rope",

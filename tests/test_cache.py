@@ -1,40 +1,18 @@
 """LatentCache: one latent row per token and layer, in blocks of 64, given back when nobody needs them."""
 
 import gc
-from dataclasses import replace
 
 import pytest
 import torch
+from caches import CONFIG, read, rows, write
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import workbench.model
 from workbench.cache import BLOCK, LatentCache
 from workbench.config import Config
 from workbench.errors import RequestError
-from workbench.model import Attention
 
-CONFIG = replace(
-    Config.preset("pocket"), num_hidden_layers=3, kv_lora_rank=24, qk_rope_head_dim=8, max_position_embeddings=320
-)
 SIZES = {"fp32": 4, "bf16": 2}
-
-
-def rows(cache, tokens, seed=0):
-    shape = (CONFIG.num_hidden_layers, cache.batch, tokens, CONFIG.latent_width)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def write(cache, new):
-    """new [layers, B, T, W], as a forward pass writes them."""
-    cache.reserve(new.shape[2])
-    for layer, of_layer in enumerate(new):
-        cache.append(layer, of_layer)
-    cache.advance(new.shape[2])
-
-
-def read(cache, sequence=0):
-    """[layers, S, W] of one sequence."""
-    cache.sequences[sequence].locate(cache.lengths[sequence], cache.pool.device)
-    return torch.stack([cache.rows(layer, sequence, torch.float32) for layer in range(CONFIG.num_hidden_layers)])
 
 
 def blocks_for(*lengths):
@@ -212,8 +190,8 @@ def test_appending_makes_its_own_room(tokens):
 
 
 def test_an_unknown_format_is_answered_with_the_known_ones():
-    with pytest.raises(RequestError, match="bf16"):
-        LatentCache(CONFIG, format="fp8")
+    with pytest.raises(RequestError, match=r"'fp9'; there are .*bf16.*q6.*q6\+128"):
+        LatentCache(CONFIG, format="fp9")
 
 
 # an interrupt between reserve and advance: the most ordinary thing in a notebook
@@ -292,7 +270,7 @@ def test_a_decoding_step_never_builds_keys_or_values_of_the_context(form, model,
     with torch.no_grad():
         model("lite")(torch.zeros(1, context, dtype=torch.int64), cache)
         if form == "expanded":
-            monkeypatch.setattr(Attention, "read", Attention.expanded)
+            monkeypatch.setattr(workbench.model, "absorbing_is_cheaper", lambda *_: False)
         with Largest() as largest:
             model("lite")(one, cache)
     keys = context * config.num_attention_heads * config.qk_nope_head_dim

@@ -96,7 +96,8 @@ def test_the_columns_and_the_header_of_a_trace(bench, fresh):
         assert table[column][prompt:].tolist() == pytest.approx(values, rel=1e-6)
     assert [from_dict(each) for each in trace.header["edits"]] == edits
     assert trace.header["sampling"]["seed"] == 7 and trace.header["model"] == "pocket"
-    assert trace.header["sequences"] == [{"prompt_tokens": prompt, "seed": 7, "finish": done.stats.finish}]
+    about = {"cache": "fp32", "prompt_tokens": prompt, "seed": 7, "finish": done.stats.finish}
+    assert trace.header["sequences"] == [about]
     assert trace.scores is None and trace.n_experts == 32 and trace.k == 4
     again = fresh().generate(HELLO, GREEDY, edits=[from_dict(each) for each in trace.header["edits"]])
     assert same(again, done)

@@ -94,18 +94,31 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_eval)
 
     bench = commands.add_parser(
-        "bench", help="measure this machine: against transformers, or what looking inside costs"
+        "bench", help="measure: this machine against transformers, what looking costs, what cache formats save and cost"
     )
-    bench.add_argument("what", choices=["cpu", "probes"])
+    bench.add_argument("what", choices=["cpu", "probes", "cache", "schemes"])
     bench.add_argument("--checkpoint", type=Path, help="a directory in the Hugging Face layout; pocket if not given")
-    bench.add_argument("--shape", choices=["28m", "200m"], help="random weights of about this size instead")
+    bench.add_argument(
+        "--shape", choices=["28m", "200m"], default=argparse.SUPPRESS, help="random weights of about this size instead"
+    )
     bench.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     bench.add_argument("--threads", type=int, help="all cores if not given")
     bench.add_argument("--rounds", type=int, default=argparse.SUPPRESS, help="more settle what noise leaves open")
     bench.add_argument("--context", type=int, default=argparse.SUPPRESS, help="of probes: tokens in the cache")
+    bench.add_argument("--formats", nargs="+", default=argparse.SUPPRESS, help='of cache: such as bf16 q6 "q6+128"')
+    bench.add_argument(
+        "--quick",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="of cache and schemes: less text, wider intervals",
+    )
     bench.add_argument("--save", action="store_true", help="keep the result in kernels/results/")
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(run=_bench)
+
+    claims = commands.add_parser("claims", help="what is said of DeepSeek-V2, and what is true of it, with evidence")
+    claims.add_argument("--json", action="store_true")
+    claims.set_defaults(run=_claims)
     return parser
 
 
@@ -227,22 +240,39 @@ def _eval(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bench(options: argparse.Namespace) -> int:
-    from workbench.benchmarks import cpu, probes
+# what each benchmark can be told beside --checkpoint, --dtype and --threads
+BENCHES = {
+    "cpu": ("shape", "rounds"),
+    "probes": ("shape", "rounds", "context"),
+    "cache": ("rounds", "formats", "quick"),
+    "schemes": ("quick",),
+}
 
-    measure = {"cpu": cpu.measure, "probes": probes.measure}[options.what]
-    if "context" in options and options.what != "probes":
-        raise RequestError("--context is of `workbench bench probes`; cpu measures contexts of its own.")
-    result = measure(
-        options.checkpoint,
-        shape=options.shape,
-        dtype=options.dtype,
-        threads=options.threads,
-        **_given(options, "rounds", "context"),
-    )
+
+def _bench(options: argparse.Namespace) -> int:
+    from workbench.benchmarks import cache, cpu, probes, schemes
+
+    measure = {"cpu": cpu.measure, "probes": probes.measure, "cache": cache.measure, "schemes": schemes.measure}
+    told = _given(options, *dict.fromkeys(name for names in BENCHES.values() for name in names))
+    wrong = [f"--{name}" for name in told if name not in BENCHES[options.what]]
+    if wrong:
+        raise RequestError(f"{', '.join(wrong)} is not of `workbench bench {options.what}`.")
+    if options.what == "cache":
+        told["progress"] = lambda stage: print(f"{stage} ...", file=sys.stderr)
+    result = measure[options.what](options.checkpoint, dtype=options.dtype, threads=options.threads, **told)
     print(json.dumps(result.to_dict(), indent=2) if options.json else result)
     if options.save:
         print(f"saved in {result.save()}", file=sys.stderr)
+    return 0
+
+
+def _claims(options: argparse.Namespace) -> int:
+    from workbench.claims import as_text, ledger
+
+    found = ledger()
+    print(
+        json.dumps([one.to_dict() for one in found], ensure_ascii=False, indent=2) if options.json else as_text(found)
+    )
     return 0
 
 

@@ -6,14 +6,18 @@ B sequences, T new tokens, S tokens so far, W row width (kv_lora_rank + qk_rope_
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 
 from workbench.config import Config
 from workbench.errors import RequestError
-from workbench.formats import Plain, cache_format
+from workbench.formats import Format, Plain, Row, cache_format
+
+Device = torch.device | str
 
 BLOCK = 64
+PIECE = 16 * BLOCK  # rows that are converted together
 
 
 class Pool:
@@ -23,13 +27,15 @@ class Pool:
     tokens, 3 % of what attention reads in the same 64 steps, and no byte is held that no token needs.
     """
 
-    def __init__(self, config: Config, format: Plain, device: torch.device | str):
+    def __init__(self, config: Config, format: Format, device: Device):
         self.format = format
-        self.width = config.latent_width
+        self.row = Row(config.kv_lora_rank, config.qk_rope_head_dim)
         self.device = torch.device(device)
         self.blocks = 0
         self.users: Counter[int] = Counter()  # how many sequences share a block; a free block is absent
         self.orphans: list[list[int]] = []  # tables of sequences that were dropped, to be released
+        self.sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        self.recent = min(format.recent, config.max_position_embeddings)
         self.layers = [self._empty(0) for _ in range(config.num_hidden_layers)]
 
     def _empty(self, blocks: int) -> list[torch.Tensor]:
@@ -37,12 +43,13 @@ class Pool:
         with torch.inference_mode(False):
             return [
                 torch.empty(blocks * BLOCK, width, dtype=dtype, device=self.device)
-                for dtype, width in self.format.parts(self.width)
+                for dtype, width in self.format.layout(self.row)
             ]
 
     @property
     def nbytes(self) -> int:
-        return sum(part.untyped_storage().nbytes() for parts in self.layers for part in parts)
+        packed = sum(part.untyped_storage().nbytes() for parts in self.layers for part in parts)
+        return packed + sum(sequence.window.nbytes for sequence in self.sequences if sequence.window)
 
     def take(self, count: int) -> list[int]:
         """Blocks nobody uses, lowest first, so that a lone sequence stays contiguous."""
@@ -77,6 +84,37 @@ class Pool:
             for part in parts:
                 part[target * BLOCK : (target + 1) * BLOCK] = part[source * BLOCK : (source + 1) * BLOCK]
 
+    @torch.inference_mode(False)
+    def convert(self, format: Format) -> list[tuple[float, float]]:
+        """Packs every row anew, a few blocks at a time. Of each layer the relative error of latent and rotary key, over
+        the rows that hold a token: root mean square of what changed over that of what was there.
+
+        The old rows are held to the end, so that an interrupt leaves the pool as it was.
+        """
+        written = self._written()
+        layers, errors = [], []
+        for parts in self.layers:
+            packed, sums = [], torch.zeros(2, 2, dtype=torch.float64, device=self.device)
+            for start in range(0, max(1, len(written)), PIECE):
+                rows = self.format.unpack(tuple(part[start : start + PIECE] for part in parts), self.row, torch.float32)
+                packed.append(format.pack(rows, self.row))
+                there = written[start : start + PIECE]
+                rows, after = rows[there], format.unpack(packed[-1], self.row, torch.float32)[there]
+                for of, kind in enumerate((after - rows, rows)):
+                    sums[of] += torch.stack([x.double().square().sum() for x in kind.split(list(self.row), -1)])
+            layers.append([torch.cat(pieces) for pieces in zip(*packed, strict=True)])
+            changed, there = sums.sqrt().tolist()
+            errors.append(tuple(a / b if b else 0.0 for a, b in zip(changed, there, strict=True)))
+        self.format, self.layers = format, layers
+        return errors
+
+    def _written(self) -> torch.Tensor:
+        """For every row, whether it holds a token: bool [blocks x 64]."""
+        written = torch.zeros(self.blocks * BLOCK, dtype=torch.bool, device=self.device)
+        for sequence in self.sequences:
+            written[_span(sequence.where, 0, sequence.length)] = True
+        return written
+
     def _resize(self, blocks: int) -> None:
         kept = min(blocks, self.blocks) * BLOCK
         for layer, old in enumerate(self.layers):  # layer by layer: never twice the whole cache
@@ -87,13 +125,60 @@ class Pool:
         self.blocks = blocks
 
 
+class Window:
+    """The last tokens of one sequence in bf16, every layer: position p is at p modulo their number."""
+
+    def __init__(self, pool: Pool):
+        shape = (pool.recent, pool.row.width)
+        with torch.inference_mode(False):
+            self.layers = [torch.empty(shape, dtype=torch.bfloat16, device=pool.device) for _ in pool.layers]
+        self.start = 0  # no position before it is here
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.untyped_storage().nbytes() for layer in self.layers)
+
+    def write(self, layer: int, start: int, rows: torch.Tensor) -> None:
+        """Rows [T, W] of the positions from `start` on; those that fall out are forgotten first, whatever follows."""
+        count = len(self.layers[layer])
+        end = start + len(rows)
+        self.start = max(self.start, end - count)
+        rows = rows[-count:]
+        self.layers[layer][self._places(end - len(rows), end)] = rows.to(torch.bfloat16)
+
+    def overlay(self, layer: int, start: int, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [s, W] of the positions from `start` on, with those that are here in place of the packed ones."""
+        end = start + len(rows)
+        first = max(start, self.start)
+        if first >= end:
+            return rows
+        wide = self.layers[layer][self._places(first, end)].to(rows.dtype)
+        return torch.cat([rows[: first - start], wide])
+
+    def truncate(self, length: int) -> None:
+        """What is written next, at position `length`, is here again."""
+        self.start = min(self.start, length)
+
+    def copy(self, pool: Pool) -> "Window":
+        other = Window(pool)
+        other.start = self.start
+        for mine, its in zip(self.layers, other.layers, strict=True):
+            its.copy_(mine)
+        return other
+
+    def _places(self, start: int, end: int) -> torch.Tensor:
+        return torch.arange(start, end, device=self.layers[0].device) % len(self.layers[0])
+
+
 class Sequence:
     """One token sequence: which blocks hold it, in order, and how many tokens are written."""
 
-    def __init__(self, pool: Pool, table: list[int], length: int):
-        self.table, self.length = table, length
-        self.end = length  # position after the last one that `where` covers
-        self.where: slice | torch.Tensor = slice(0, 0)  # rows of the pool, in order of position
+    def __init__(self, pool: Pool, table: list[int], length: int, window: Window | None = None):
+        self.table, self.length, self.window = table, length, window
+        self.end: int  # position after the last one that `where` covers
+        self.where: slice | torch.Tensor  # rows of the pool, in order of position
+        self.locate(length, pool.device)
+        pool.sequences.add(self)
         # only noted: the garbage collector may come by in the middle of anything, a resize for instance
         weakref.finalize(self, pool.orphans.append, table).atexit = False
 
@@ -111,15 +196,18 @@ class Sequence:
 class LatentCache:
     """What the model remembers of `batch` sequences. A forward pass reserves, appends in every layer, then advances."""
 
-    def __init__(self, config: Config, batch: int = 1, format: str = "bf16", device: torch.device | str = "cpu"):
+    def __init__(self, config: Config, batch: int = 1, format: str | Format = "bf16", device: Device = "cpu"):
         self.config = config
         self.pool = Pool(config, cache_format(format), device)
-        self.sequences = [Sequence(self.pool, [], 0) for _ in range(batch)]
+        self.sequences = [Sequence(self.pool, [], 0, self._window()) for _ in range(batch)]
 
     @classmethod
-    def for_model(cls, config: Config, batch: int = 1, format: str = "bf16", device: torch.device | str = "cpu"):
+    def for_model(cls, config: Config, batch: int = 1, format: str | Format = "bf16", device: Device = "cpu"):
         """An empty cache for a model of this shape."""
         return cls(config, batch, format, device)
+
+    def _window(self) -> Window | None:
+        return Window(self.pool) if self.pool.format.recent else None
 
     def _over(self, sequences: list[Sequence]) -> "LatentCache":
         other = object.__new__(LatentCache)
@@ -160,7 +248,8 @@ class LatentCache:
         tables = [sequence.table[: -(-sequence.length // BLOCK)] for sequence in self.sequences]
         for table in tables:
             self.pool.share(table)
-        return self._over([Sequence(self.pool, *each) for each in zip(tables, self.lengths, strict=True)])
+        windows = [sequence.window and sequence.window.copy(self.pool) for sequence in self.sequences]
+        return self._over([Sequence(self.pool, *each) for each in zip(tables, self.lengths, windows, strict=True)])
 
     def truncate(self, length: int, sequence: int | None = None) -> None:
         """Forgets everything from position `length` on, in one sequence or in all."""
@@ -173,6 +262,9 @@ class LatentCache:
             dropped = each.table[kept:]
             del each.table[kept:]
             each.length = length
+            each.locate(length, self.pool.device)
+            if each.window:
+                each.window.truncate(length)
             self.pool.release(dropped)
 
     def reserve(self, tokens: int) -> None:
@@ -196,28 +288,62 @@ class LatentCache:
             missing = -(-needed // BLOCK) - len(sequence.table)  # negative after an interrupted pass that wanted more
             sequence.table += self.pool.take(max(0, missing))
             sequence.locate(needed, self.pool.device)
+            if sequence.window:
+                sequence.window.truncate(sequence.length)  # of what a pass wrote that was interrupted
 
     def append(self, layer: int, rows: torch.Tensor) -> None:
         """Writes rows [B, T, W] of one layer after the last token. Lengths move once per pass, in advance()."""
-        if rows.dim() != 3 or rows.shape[0] != self.batch or rows.shape[2] != self.pool.width:
-            wanted = f"[{self.batch}, tokens, {self.pool.width}]"
+        if rows.dim() != 3 or rows.shape[0] != self.batch or rows.shape[2] != self.pool.row.width:
+            wanted = f"[{self.batch}, tokens, {self.pool.row.width}]"
             raise RequestError(f"rows must be {wanted} for this cache, not {list(rows.shape)}.")
         if any(sequence.end != sequence.length + rows.shape[1] for sequence in self.sequences):
             self.reserve(rows.shape[1])
         for sequence, new in zip(self.sequences, rows.detach(), strict=True):
-            where = _after(sequence.where, sequence.length)
-            for part, packed in zip(self.pool.layers[layer], self.pool.format.pack(new), strict=True):
-                part[where] = packed
+            where = _span(sequence.where, sequence.length, sequence.end)
+            packed = self.pool.format.pack(new, self.pool.row)
+            for part, values in zip(self.pool.layers[layer], packed, strict=True):
+                part[where] = values
+            if sequence.window:
+                sequence.window.write(layer, sequence.length, new)
 
     def rows(self, layer: int, sequence: int, dtype: torch.dtype) -> torch.Tensor:
         """[S, W] of one sequence, the reserved positions included; a view where blocks and dtype allow."""
-        where = self.sequences[sequence].where
-        return self.pool.format.unpack(tuple(part[where] for part in self.pool.layers[layer]), dtype)
+        return self._unpacked(layer, self.sequences[sequence], 0, self.sequences[sequence].end, dtype)
+
+    def chunks(self, layer: int, sequence: int, dtype: torch.dtype, size: int) -> Iterator[torch.Tensor]:
+        """The same in order, at most `size` rows at a time; in one piece where nothing has to be unpacked."""
+        one = self.sequences[sequence]
+        format = self.pool.format
+        whole = isinstance(format, Plain) and format.dtype == dtype and isinstance(one.where, slice) and not one.window
+        size = max(1, one.end) if whole else size
+        for start in range(0, one.end, size):
+            yield self._unpacked(layer, one, start, min(start + size, one.end), dtype)
+
+    def convert(self, format: str | Format) -> list[tuple[float, float]]:
+        """Stores every row, of all sequences and forks that share the pool, in another format from now on.
+
+        What the old format lost stays lost. Of each layer the relative error that the new one adds to latent and rotary
+        key: the root mean square of the change over that of the rows. RequestError for a format with recent tokens kept
+        wide, or from one: what a window holds belongs to its sequence.
+        """
+        format = cache_format(format)
+        if format.recent or self.pool.format.recent:
+            raise RequestError("a cache with recent tokens kept wide is made anew, not converted: bench.new_cache().")
+        self.pool.reap()
+        if format == self.pool.format:
+            return [(0.0, 0.0)] * len(self.pool.layers)
+        return self.pool.convert(format)
+
+    def _unpacked(self, layer: int, sequence: Sequence, start: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+        where = _span(sequence.where, start, end)
+        parts = tuple(part[where] for part in self.pool.layers[layer])
+        rows = self.pool.format.unpack(parts, self.pool.row, dtype)
+        return sequence.window.overlay(layer, start, rows) if sequence.window else rows
 
     def advance(self, tokens: int) -> None:
         for sequence in self.sequences:
             sequence.length += tokens
 
 
-def _after(where: slice | torch.Tensor, start: int) -> slice | torch.Tensor:
-    return slice(where.start + start, where.stop) if isinstance(where, slice) else where[start:]
+def _span(where: slice | torch.Tensor, start: int, end: int) -> slice | torch.Tensor:
+    return slice(where.start + start, where.start + end) if isinstance(where, slice) else where[start:end]

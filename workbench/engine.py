@@ -1,7 +1,8 @@
 """The engine: one conversation streamed token by token, or many prompts in a batch; the same sampling either way."""
 
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from workbench.cache import LatentCache
 from workbench.chat import Prompt, Span, detect, render
 from workbench.edits import Edit
 from workbench.errors import RequestError
+from workbench.formats import cache_format
 from workbench.model import Model
 from workbench.probe import Probe
 from workbench.reply import Reply, Stats, Step
@@ -85,10 +87,36 @@ class Engine:
     def __init__(self, model: Model, tokenizer: Tokenizer, cache_format: str, name: str = ""):
         self.model, self.tokenizer, self.cache_format, self.name = model, tokenizer, cache_format, name
         self.context = model.config.max_position_embeddings
+        # pools of caches, routing rings and recorders that were made here and that somebody still holds
+        self.alive: weakref.WeakSet = weakref.WeakSet()
+        self._last: Callable[[], LatentCache | None] = lambda: None
         self._held: _Held | None = None
+        self._holding = threading.Lock()  # what is held is taken by a stream, or converted, by one thread at a time
+
+    @property
+    def cache(self) -> LatentCache | None:
+        """Of the last stream, while it runs too. To look at: `convert_cache` changes its format."""
+        return self._last()
+
+    def convert_cache(self, format: str) -> list[tuple[float, float]]:
+        """Keeps what is cached, and what comes, in another format from now on. Of each layer what that cost: see
+        LatentCache.convert; nothing where nothing is cached. A stream that is running goes on in the old one.
+        """
+        name = cache_format(format).name
+        with self._holding:
+            held, errors = self._held, []
+            if held is not None and name != held.cache.format:
+                if held.cache.pool.format.recent or cache_format(format).recent:
+                    self._held = None  # windows belong to their sequence: the next stream reads its prompt anew
+                else:
+                    errors = held.cache.convert(name)
+            self.cache_format = name
+        return errors
 
     def new_cache(self, batch: int = 1, format: str | None = None) -> LatentCache:
-        return LatentCache(self.model.config, batch, format or self.cache_format, self.model.device)
+        cache = LatentCache(self.model.config, batch, format or self.cache_format, self.model.device)
+        self.alive.add(cache.pool)
+        return cache
 
     def prompt(self, prompt: Request, open_last: bool = False) -> Prompt:
         """Tokens and role spans of what was asked. RequestError for nothing, or more than the context holds."""
@@ -135,7 +163,7 @@ class Engine:
         reply = self._reply(made, prompt, sampling or Sampling(), continues=bool(said))
         for token in said:
             reply.decoder.push(token)  # completes a character that the reply was cut in
-        watched = Watch(self.model, self.name, edits, watch, scores).of(reply, self.tokenizer.piece)
+        watched = self._watched(Watch(self.model, self.name, edits, watch, scores, self.cache_format), reply)
         return Stream(self._steps(watched, stop or threading.Event()), made, watched)
 
     def _reply(self, made: Prompt, prompt: Request, sampling: Sampling, continues: bool = False) -> Reply:
@@ -143,10 +171,17 @@ class Engine:
         strip = chat and not continues and detect(self.tokenizer).leading_space
         return Reply(self.tokenizer, list(made.tokens), sampling, self.context, strip)
 
+    def _watched(self, watch: Watch, reply: Reply) -> Watched:
+        watched = watch.of(reply, self.tokenizer.piece)
+        self.alive.update((watch.ring, *watched.recorders))
+        return watched
+
     def _steps(self, watched: Watched, stop: threading.Event) -> Iterator[Step]:
         reply, watch = watched.reply, watched.watch
-        held, self._held = self._held, None  # taken, not lent: a second stream at the same time starts its own
+        with self._holding:
+            held, self._held = self._held, None  # taken, not lent: a second stream at the same time starts its own
         held, kept = self._reusable(held, watched)
+        self._last = weakref.ref(held.cache)
         cache, watched.log = held.cache, held.log.fork(kept)  # the log itself belongs to the trace of the last stream
         try:
             cache.truncate(kept)
@@ -171,7 +206,7 @@ class Engine:
         """A cache to go on with, and how many tokens of it: those of the same text, read under the same edits."""
         watch, reply = watched.watch, watched.reply
         boundary = reply.stats.prompt_tokens if any(edit.phase for edit in watch.edits) else None
-        if held is None:
+        if held is None or held.cache.format != self.cache_format:
             return _Held([], self.new_cache(), watched.log, watch.edits, boundary, frozenset()), 0
         same = not watch.recording and held.edits == watch.edits and held.boundary == boundary
         kept = min(_shared(held.tokens, reply.tokens), len(reply.tokens) - 1) if same else 0
@@ -219,14 +254,14 @@ class Engine:
             except RequestError as error:
                 raise RequestError(f"prompt {number}: {error}") from error
         waiting.reverse()
-        watching = Watch(self.model, self.name, edits, watch, scores)
+        watching = Watch(self.model, self.name, edits, watch, scores, self.cache_format)
         cache = self.new_cache(batch=min(slots, len(waiting)))
         running: dict[int, tuple[int, Watched, list[Step]]] = {}  # slot -> number of the prompt, and its answer so far
         while waiting or running:
             for slot in range(cache.batch):
                 while slot not in running and waiting:
                     number, reply = waiting.pop()
-                    watched = watching.of(reply, self.tokenizer.piece)
+                    watched = self._watched(watching, reply)
                     steps = [self._begin(watched, cache.only(slot))]
                     if steps[0].finish:
                         yield number, _completion(steps, watched)

@@ -4,9 +4,10 @@ B batch, T new tokens, S tokens so far, D hidden, H heads, Q query latent, C lat
 head, R rotary width, V value width, W = C + R the cached row, E experts, K chosen, I expert width.
 """
 
+from collections.abc import Callable, Iterable
 from functools import reduce
+from itertools import chain
 from operator import add
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,38 +19,9 @@ from workbench.errors import CheckpointError, RequestError
 from workbench.experts import Bank, Resident
 from workbench.probe import OFF, Probe
 from workbench.rope import Rope, rotate, softmax_scale
+from workbench.weights import Inventory, Source
 
-
-class Source(Protocol):
-    """Where weights come from. A constructor asks for each one where it is used, by its name in the checkpoint."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-    def take(self, name: str, shape: tuple[int, ...], into: torch.Tensor | None = None) -> torch.Tensor: ...
-
-
-class Inventory:
-    """Remembers where every weight went, so that what was taken is what is saved."""
-
-    def __init__(self, source: Source):
-        self.source = source
-        self.tensors: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, *shape: int, into: torch.Tensor | None = None) -> nn.Parameter:
-        tensor = self.source.take(name, shape, into)
-        self.tensors[name] = tensor
-        return nn.Parameter(tensor, requires_grad=False)
-
-    def stacked(self, names: dict[str, int], width: int) -> nn.Parameter:
-        """Matrices with the same input, one below the other: one product instead of several."""
-        whole = self.empty(sum(names.values()), width)
-        for (name, rows), into in zip(names.items(), whole.split(list(names.values())), strict=True):
-            self.take(name, rows, width, into=into)
-        return nn.Parameter(whole, requires_grad=False)
-
-    def empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.source.dtype, device=self.source.device)
+Rows = torch.Tensor | Iterable[torch.Tensor]  # [B, S, W], or chunks of them in order
 
 
 class Attention(nn.Module):
@@ -101,10 +73,7 @@ class Attention(nn.Module):
         elif cache is None:
             z = self.read(content, position, rows)
         else:
-            each = [
-                self.read(content[b : b + 1], position[b : b + 1], cache.rows(self.layer, b, x.dtype)[None])
-                for b in range(cache.batch)
-            ]
+            each = [self.recall(content[b : b + 1], position[b : b + 1], cache, b) for b in range(cache.batch)]
             z = torch.cat(each) if len(each) > 1 else each[0]
         return ops.linear(see("attn.z", z).flatten(-2), self.out)
 
@@ -113,22 +82,47 @@ class Attention(nn.Module):
         form = self.absorbed if absorbing_is_cheaper(self.config, content.shape[1], rows.shape[1]) else self.expanded
         return form(content, position, rows)
 
-    def absorbed(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """kv_up moved to the query and the output side, so one cached row serves every head (section 2.1.2)."""
+    def recall(self, content: torch.Tensor, position: torch.Tensor, cache: LatentCache, sequence: int) -> torch.Tensor:
+        """`read` against the rows of one sequence in a cache, which are unpacked some at a time: never all at once."""
+        new, length = content.shape[1], cache.sequences[sequence].end
+        size = ops.rows_at_once(new, self.config.num_attention_heads)
+        chunks = (rows[None] for rows in cache.chunks(self.layer, sequence, content.dtype, size))
+        form = self.absorbed if absorbing_is_cheaper(self.config, new, length) else self.expanded
+        return form(content, position, chunks, length)
+
+    def absorbed(self, content: torch.Tensor, position: torch.Tensor, rows: Rows, length: int = 0) -> torch.Tensor:
+        """kv_up moved to the query and the output side, so one cached row serves every head (section 2.1.2).
+
+        rows [B, S, W], or chunks of them, of `length` together.
+        """
         up_key, up_value = self.kv_up.unflatten(0, (self.config.num_attention_heads, -1)).split(
             [self.config.qk_nope_head_dim, self.config.v_head_dim], 1
         )  # [H, N, C], [H, V, C]
         latent = (content.transpose(1, 2) @ up_key).transpose(1, 2)
         query = torch.cat([latent, position], -1)  # [B, T, H, W]
-        key = rows[:, :, None]
-        out = ops.attend(query, key, key[..., : self.config.kv_lora_rank], self.scale)  # [B, T, H, C]
+
+        def shared(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rows[:, :, None], rows[:, :, None, : self.config.kv_lora_rank]
+
+        out = self._attend(query, rows, length, shared)  # [B, T, H, C]
         return (out.transpose(1, 2) @ up_value.mT).transpose(1, 2)
 
-    def expanded(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Keys and values of every head rebuilt from the rows, for this call only."""
-        key, k_rope, value = self.rebuilt(rows)
-        key = torch.cat([key, k_rope[:, :, None].expand(-1, -1, key.shape[2], -1)], -1)
-        return ops.attend(torch.cat([content, position], -1), key, value, self.scale)
+    def expanded(self, content: torch.Tensor, position: torch.Tensor, rows: Rows, length: int = 0) -> torch.Tensor:
+        """Keys and values of every head rebuilt from the rows, for this call only. `rows` as in `absorbed`."""
+
+        def own(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            key, k_rope, value = self.rebuilt(rows)
+            return torch.cat([key, k_rope[:, :, None].expand(-1, -1, key.shape[2], -1)], -1), value
+
+        return self._attend(torch.cat([content, position], -1), rows, length, own)
+
+    def _attend(self, query: torch.Tensor, rows: Rows, length: int, keys: Callable) -> torch.Tensor:
+        if isinstance(rows, torch.Tensor):
+            return ops.attend(query, *keys(rows), self.scale)
+        first = next(rows := iter(rows))
+        if first.shape[1] == length:
+            return ops.attend(query, *keys(first), self.scale)
+        return ops.attend_in_parts(query, map(keys, chain([first], rows)), length, self.scale)
 
     def rebuilt(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What rows [B, S, W] stand for: keys [B, S, H, N], the rotary key all share [B, S, R], values [B, S, H, V]."""

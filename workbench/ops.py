@@ -4,7 +4,7 @@ N tokens, B batch, T new tokens, S tokens so far, H heads, D hidden, W key width
 G groups, I expert width. What ends in `_open` is the same with its inside laid out for a probe (see probe.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from workbench.config import Config
 from workbench.probe import Probe
 
 SCORES = 1 << 26  # attention scores held at once, in elements: a quarter of a gigabyte
+PART = 1024  # rows of a packed cache that are unpacked together
 
 
 @cache
@@ -77,6 +78,36 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     if key.shape[2] == 1:
         return _attend_shared(query, key[:, :, 0], value[:, :, 0], scale)
     return _attend_heads(query, key, value, scale)
+
+
+def rows_at_once(new: int, heads: int) -> int:
+    """How many rows of a cache are unpacked together: whole blocks, as many as keep the scores within SCORES."""
+    return max(1, min(PART, SCORES // (new * heads)) // 64) * 64
+
+
+def attend_in_parts(
+    query: torch.Tensor, parts: Iterable[tuple[torch.Tensor, torch.Tensor]], length: int, scale: float
+) -> torch.Tensor:
+    """`attend` over keys and values that come in parts, in order, S = `length` together; each part is held alone.
+
+    The softmax is carried along (arXiv 1805.02867): sums so far are rescaled when a larger score comes. All in fp32.
+    """
+    batch, new, heads, _ = query.shape
+    last = length - new + torch.arange(new, device=query.device)  # the last position each query sees
+    largest = torch.full((batch, heads, new, 1), float("-inf"), device=query.device)
+    total, out, start = torch.zeros_like(largest), None, 0
+    asked = query.transpose(1, 2).float()  # [B, H, T, W]
+    for key, value in parts:
+        key, value = key.transpose(1, 2).float(), value.transpose(1, 2).float()  # [B, H or 1, s, ...]
+        scores = asked @ key.mT * scale
+        seen = start + torch.arange(key.shape[2], device=query.device)
+        scores = scores.masked_fill(seen > last[:, None], float("-inf"))
+        now = torch.maximum(largest, scores.amax(-1, keepdim=True))
+        weights, kept = (scores - now).exp(), (largest - now).exp()
+        total = total * kept + weights.sum(-1, keepdim=True)
+        out = weights @ value if out is None else out * kept + weights @ value
+        largest, start = now, start + key.shape[2]
+    return (out / total).transpose(1, 2).to(query.dtype)
 
 
 def _attend_shared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

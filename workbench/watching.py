@@ -27,11 +27,20 @@ class Watch:
 
     edits   carried out on each of them
     sites   recorded in full, see Recorder; slower, and the prompt is read anew although it may be cached
+    cache   the format of the cache, for the record
     scores  keeps every router probability in the trace, not only those of the chosen
     """
 
-    def __init__(self, model: Model, name: str, edits: Sequence[Edit] = (), sites: Sequence[str] = (), scores=False):
-        self.model, self.name, self.config = model, name, model.config
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        edits: Sequence[Edit] = (),
+        sites: Sequence[str] = (),
+        scores: bool = False,
+        cache: str = "",
+    ):
+        self.model, self.name, self.config, self.cache = model, name, model.config, cache
         check(edits, self.config)
         self.edits, self.scores = tuple(edits), bool(scores)
         self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
@@ -101,7 +110,8 @@ class Watched:
         """All tokens so far, prompt included, with the experts of those that were read."""
         watch, reply = self.watch, self.reply
         stats = reply.stats
-        known = {"prompt_tokens": stats.prompt_tokens, "seed": stats.seed, "finish": stats.finish}
+        known = {"cache": watch.cache} if watch.cache else {}
+        known |= {"prompt_tokens": stats.prompt_tokens, "seed": stats.seed, "finish": stats.finish}
         header = new_header(
             watch.name,
             watch.fingerprint,

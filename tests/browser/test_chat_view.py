@@ -439,6 +439,28 @@ def test_figures_say_speed_prefill_cache_context_and_why_it_ended(view):
     assert "218 KiB" in view.page.locator(".wbc-cache").get_attribute("title")
 
 
+def test_a_cache_that_was_converted_since_is_told_as_it_is_now(view):
+    converted = FACTS | {"cache_format": "q6", "cache_factor": 15.06, "cache_held": [161, 14586]}
+    view.reply("", ["x"], prompt_tokens=120, tokens=41, cache_bytes=34816)
+    view.tell(kind="path", view=None, fresh=False, facts=converted, turns=[], answering=None,
+              path=[[1, 0, 1, None, None], [2, 1, 3, 7, 8]])  # fmt: skip
+    status = view.page.locator(".wbc-cache")
+    assert status.inner_text() == "cache 14.2 KiB in q6, 93 % less than MHA with the same heads"
+    assert "in bf16" in status.get_attribute("title")
+    view.reply("", ["x"], prompt_tokens=120, tokens=60, cache_bytes=20000)
+    assert status.inner_text().startswith("cache 19.5 KiB in q6"), "the figures of a later reply count again"
+
+
+def test_experts_and_memory_open_by_themselves(view):
+    buttons = [view.page.get_by_role("button", name=name, exact=True) for name in ("Experts", "Memory")]
+    buttons[1].click()
+    assert view.sent("explore") == [{"kind": "explore", "of": "memory", "on": True}]
+    view.tell(kind="exploring", on=True)
+    assert [button.get_attribute("aria-pressed") for button in buttons] == ["true", "true"]
+    view.tell(kind="exploring", of="memory", on=False)
+    assert [button.get_attribute("aria-pressed") for button in buttons] == ["true", "false"]
+
+
 def test_versions_have_arrows_that_work_unless_a_reply_is_generated(view):
     view.reply("", ["x"])
     versions = view.page.locator(".wbc-reply .wbc-versions")

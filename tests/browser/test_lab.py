@@ -230,6 +230,32 @@ def test_a_token_is_opened_its_top_expert_ablated_and_both_replies_compared(desk
     page.screenshot(path=shots / "explorer-light.png")
 
 
+@pytest.mark.skipif(not POCKET, reason="the slow bench has no cache")
+def test_the_cache_is_switched_in_mid_conversation_and_its_bytes_drop(desk, page, shots):
+    python(page, f"{CALM}; panel.exploring = False; panel.cache_format = 'bf16'")
+    page.locator(".wbc-empty").wait_for()
+    page.get_by_role("button", name="Memory").click()
+    meter = page.get_by_role("region", name="Cache meter")
+    send(page, "What is a mixture of experts?")
+    ended(page)
+    held = "panel.conversation.bench.engine.cache.nbytes"
+    before = python(page, "pass", held)
+    meter.get_by_text(f"{before:,} B").first.wait_for()
+    meter.get_by_role("button", name="Switch the cache to q6").click()
+    cost = page.get_by_role("region", name="What the last switch did")
+    cost.wait_for()
+    after = python(page, "pass", held)
+    assert after == before * 68 // 160 and f"{before:,} B → {after:,} B" in cost.inner_text()
+    page.locator(".wbc-cache", has_text="in q6").wait_for()
+    send(page, "Tell me more.")
+    ended(page)
+    assert python(page, "pass", "panel.history[-1].stats['reused_tokens'] > 0 and panel.cache_format == 'q6'")
+    page.locator(".wbc-head").scroll_into_view_if_needed()
+    page.screenshot(path=shots / "memory-light.png")
+    page.get_by_role("button", name="Memory").click()
+    meter.wait_for(state="hidden")
+
+
 def test_the_saved_notebook_is_small_and_still_says_something(desk, page):
     python(page, "from IPython.display import display; display(panel.explorer.scope) if panel.explorer.turn else None")
     command(page, "docmanager:save")

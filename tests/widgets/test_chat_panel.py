@@ -13,7 +13,8 @@ from workbench.config import Config
 from workbench.errors import RequestError
 from workbench.sampling import Sampling
 from workbench.widgets import chat as module
-from workbench.widgets.chat import ChatPanel, cache_factor, chat
+from workbench.widgets.chat import ChatPanel, chat
+from workbench.widgets.status import cache_factor
 
 SECONDS = 10
 

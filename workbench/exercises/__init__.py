@@ -1,6 +1,8 @@
 """Checks for the exercises in the notebooks: they try what was written and say where it differs."""
 
 from workbench.exercises.attention import check_absorbed_scores, check_cached_elements
+from workbench.exercises.cache import check_held_bytes, check_pack_five, check_quantise, check_row_bytes
+from workbench.exercises.claims import check_supports
 from workbench.exercises.edits import check_without_group
 from workbench.exercises.feedback import Feedback
 from workbench.exercises.mixture import MIX, check_mix
@@ -19,10 +21,15 @@ __all__ = [
     "check_absorbed_scores",
     "check_cached_elements",
     "check_choose",
+    "check_held_bytes",
     "check_mix",
     "check_overlap",
+    "check_pack_five",
     "check_permutation_p",
+    "check_quantise",
     "check_rotate_pairs",
+    "check_row_bytes",
+    "check_supports",
     "check_top_p",
     "check_without_group",
     "check_zero_head",

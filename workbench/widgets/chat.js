@@ -55,12 +55,13 @@ class ChatView {
     this.tokensToggle = this.toggle("Tokens", "Show the tokens of the replies, tinted by a number of each", (on) => this.showTokens(on));
     this.promptToggle = this.toggle("Prompt", "Show the exact prompt, special tokens included", (on) => this.showPrompt(on));
     this.expertsToggle = this.toggle("Experts", "Show where each token went: experts, margins, edits", (on) => this.tell({ kind: "explore", on }));
+    this.memoryToggle = this.toggle("Memory", "Show what the cache holds and in which format, and memory over time", (on) => this.tell({ kind: "explore", of: "memory", on }));
     this.file = element("input", { type: "file", accept: ".json,application/json", hidden: true });
     this.file.addEventListener("change", () => this.importFile());
     this.newButton = iconButton("new", "New conversation", () => this.tell({ kind: "clear" }));
     this.importButton = iconButton("import", "Import a conversation", () => this.file.click());
     this.head = element("header", { className: "wbc-head" }, this.title, element("span", { className: "wbc-space" }),
-      this.tokensToggle, this.promptToggle, this.expertsToggle, element("span", { className: "wbc-gap" }), this.newButton,
+      this.tokensToggle, this.promptToggle, this.expertsToggle, this.memoryToggle, element("span", { className: "wbc-gap" }), this.newButton,
       iconButton("export", "Export this conversation", () => this.tell({ kind: "export" })), this.importButton, this.file);
     this.notice = element("div", { className: "wbc-error wbc-notice", role: "alert", hidden: true });
     this.empty = element("div", { className: "wbc-empty" });
@@ -167,8 +168,8 @@ class ChatView {
     this.drawInput();
   }
 
-  on_exploring({ on }) {
-    this.expertsToggle.setAttribute("aria-pressed", String(on));
+  on_exploring({ on, of = "experts" }) {
+    this[`${of}Toggle`].setAttribute("aria-pressed", String(on));
   }
 
   get exploring() {

@@ -10,7 +10,6 @@ import anywidget
 import ipywidgets
 from IPython import get_ipython
 
-from workbench.config import Config
 from workbench.edits import Edit
 from workbench.errors import RequestError, WorkbenchError
 from workbench.sampling import Sampling
@@ -20,8 +19,9 @@ from workbench.widgets.controls import Controls
 from workbench.widgets.explorer import Explorer
 from workbench.widgets.looked import Looked
 from workbench.widgets.publisher import Publisher
+from workbench.widgets.status import cache_facts, held_after
 from workbench.widgets.tint import tint_facts
-from workbench.widgets.transcript import as_html, as_text
+from workbench.widgets.transcript import NO_PROMPT, as_html, as_text, prompt_parts
 from workbench.workbench import Workbench
 
 HERE = Path(__file__).parent
@@ -55,13 +55,13 @@ class ChatPanel(ipywidgets.VBox):
         self._view = ChatView()
         self._view.on_msg(self._hear)
         self.conversation = Conversation(bench, system, sampling)
-        self.explorer = Explorer(self.conversation, self._refuse)
+        self.explorer = Explorer(self.conversation, self._refuse, self._cache_converted)
         self._looked = Looked(self.explorer, self._tell)
         self._publish()
         self._controls = Controls(
             self.conversation.sampling, self.system, self._sampling_changed, self._system_changed, self._refuse
         )
-        super().__init__([self._view, self.explorer, self._controls])
+        super().__init__([self._view, self.explorer.memory, self.explorer, self._controls])
         _live.add(self)
 
     # Talking: what the buttons do
@@ -118,6 +118,25 @@ class ChatPanel(ipywidgets.VBox):
     def exploring(self, wanted: bool) -> None:
         self.explorer.opened = wanted
         self._tell({"kind": "exploring", "on": wanted})
+
+    @property
+    def metering(self) -> bool:
+        """Whether the memory is open: what the cache holds and in which format, memory over time, what-if."""
+        return self.explorer.memory.opened
+
+    @metering.setter
+    def metering(self, wanted: bool) -> None:
+        self.explorer.memory.opened = wanted
+        self._tell({"kind": "exploring", "of": "memory", "on": wanted})
+
+    @property
+    def cache_format(self) -> str:
+        """How the cache is stored. Another one converts what is cached; RequestError while a reply is generated."""
+        return self.explorer.memory.format
+
+    @cache_format.setter
+    def cache_format(self, name: str) -> None:
+        self.explorer.memory.format = name
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -203,8 +222,7 @@ class ChatPanel(ipywidgets.VBox):
 
     def _publish(self) -> None:
         bench = self.conversation.bench
-        facts = {"model": self._name, "context": bench.context, "cache_factor": cache_factor(bench.config)}
-        facts |= tint_facts(bench.config)
+        facts = {"model": self._name, "context": bench.context} | cache_facts(bench) | tint_facts(bench.config)
         self._publisher = Publisher(self.conversation, facts, bench.tokenizer.piece, self._tell)
 
     def _turn(self, turn: Turn | int) -> Turn:
@@ -250,6 +268,8 @@ class ChatPanel(ipywidgets.VBox):
                 if self.exploring:
                     self._tell({"kind": "exploring", "on": True})
                     self._looked.repeat()
+                if self.metering:
+                    self._tell({"kind": "exploring", "of": "memory", "on": True})
                 if self not in _live:
                     self._tell({"kind": "closed", "text": "This panel was closed."})
             case {"kind": "send", "text": str(text)}:
@@ -269,7 +289,7 @@ class ChatPanel(ipywidgets.VBox):
             case {"kind": "clear"}:
                 talk.clear()
             case {"kind": "explore", "on": bool(wanted)}:
-                self.explorer.opened = wanted
+                (self.explorer.memory if message.get("of") == "memory" else self.explorer).opened = wanted
             case {"kind": "look", "turn": int(key), "index": int(index)}:
                 self.look(talk.find(key), index)
             case {"kind": "readings", "view": str(view), "on": bool(wanted)}:
@@ -283,28 +303,16 @@ class ChatPanel(ipywidgets.VBox):
                 self._load(text)
 
     def _prompt(self) -> dict:
-        """The exact prompt as runs of text: [role, text, whether it is one special token]."""
         bench = self.conversation.bench
-        if bench is None or not self.history:
-            return {"parts": [], "tokens": 0}
-        prompt = self.conversation.prompt()
-        parts = []
-        for span in prompt.spans:
-            run = []
-            for token in prompt.tokens[span.start : span.end]:
-                if not bench.tokenizer.is_special(token):
-                    run.append(token)
-                    continue
-                parts += [
-                    [span.role, bench.tokenizer.decode(run), False],
-                    [span.role, bench.tokenizer.piece(token), True],
-                ]
-                run = []
-            parts.append([span.role, bench.tokenizer.decode(run), False])
-        return {"parts": [part for part in parts if part[1]], "tokens": len(prompt.tokens)}
+        return prompt_parts(self.conversation.prompt(), bench.tokenizer) if bench and self.history else NO_PROMPT
 
     def _file_name(self) -> str:
         return "".join(c if c.isalnum() or c in "-." else "-" for c in self._name)
+
+    def _cache_converted(self) -> None:
+        bench = self.conversation.bench
+        self._publisher.facts |= cache_facts(bench) | {"cache_held": held_after(bench, self.history)}
+        self._publisher.path()
 
     def _sampling_changed(self, sampling: Sampling) -> None:
         self.conversation.sampling = sampling
@@ -327,11 +335,6 @@ class ChatPanel(ipywidgets.VBox):
 def chat(bench: Workbench, system: str | None = None, sampling: Sampling | None = None) -> ChatPanel:
     """A panel to talk to `bench`; the last expression of a cell shows it."""
     return ChatPanel(bench, system, sampling)
-
-
-def cache_factor(config: Config) -> float:
-    """How many times as much multi-head attention with the same heads would cache."""
-    return config.mha_width / config.latent_width
 
 
 def _cell() -> tuple[str, str] | None:

@@ -14,28 +14,35 @@ from workbench.edits import Edit
 from workbench.errors import RequestError
 from workbench.session import Conversation, Event
 from workbench.turns import Turn
+from workbench.widgets.cachemeter import CacheMeter
 from workbench.widgets.compare import SideBySide
 from workbench.widgets.editing import EditControls
 from workbench.widgets.geometry import Geometry
 from workbench.widgets.inspection import Inspection
 from workbench.widgets.inspector import TokenInspector
+from workbench.widgets.memory import Memory
 from workbench.widgets.opened import inspect_model
 from workbench.widgets.scope import RoutingScope
 from workbench.widgets.selection import Selection
 from workbench.widgets.tokens import TokenStrip
 
 INTERVAL = 1 / 6  # seconds between two messages to the scope; with all others of a panel fewer than 20 a second
+SHARED = 1 / 3  # the same while the memory is open, which is told something too
 SELDOM = 4  # the strip, whose text is in the chat already, is told every fourth time
 
 
 class Explorer(ipywidgets.VBox):
     """Follows one conversation, showing the reply that is looked at: by default the newest.
 
-    Closed it listens to nothing and sends nothing. `refuse` shows the reader why something cannot be done.
+    Closed it listens to nothing and sends nothing. `refuse` shows the reader why something cannot be done. `memory`
+    opens and closes by itself, nearer to the conversation; `converted` is called after the cache was converted there.
     """
 
-    def __init__(self, conversation: Conversation, refuse: Callable[[str], None]) -> None:
+    def __init__(
+        self, conversation: Conversation, refuse: Callable[[str], None], converted: Callable[[], None] = lambda: None
+    ) -> None:
         self._context = copy_context()
+        self.memory = Memory(conversation, converted)
         self._refuse = refuse
         self.selection = Selection()
         config = conversation.bench.config
@@ -90,6 +97,11 @@ class Explorer(ipywidgets.VBox):
                 self.show(self.turn or self._newest())
             else:
                 self.selection.token = -1
+
+    @property
+    def meter(self) -> CacheMeter:
+        """The cache meter of the memory section."""
+        return self.memory.meter
 
     def show(self, turn: Turn | None) -> None:
         """Looks at this reply."""
@@ -157,6 +169,7 @@ class Explorer(ipywidgets.VBox):
     def follow(self, conversation: Conversation) -> None:
         """Listens to another conversation instead, one that was imported."""
         self._unsubscribe()
+        self.memory.follow(conversation)
         self.conversation, self.turn, self._waiting = conversation, None, None
         self._unsubscribe = conversation.subscribe(self.hear)
         if self.opened:
@@ -164,6 +177,7 @@ class Explorer(ipywidgets.VBox):
 
     def leave(self) -> None:
         """Listens no more."""
+        self.memory.leave()
         self._unsubscribe()
         self._unsubscribe = lambda: None
 
@@ -184,7 +198,8 @@ class Explorer(ipywidgets.VBox):
         elif event.kind == "started":
             self.show(event.turn)
         elif event.turn is self.turn:
-            step = event.kind == "step" and monotonic() - self._last >= INTERVAL
+            interval = SHARED if self.memory.opened else INTERVAL
+            step = event.kind == "step" and monotonic() - self._last >= interval
             if step or (event.kind == "finished" and event.turn.trace is not None):
                 self._grow(event.turn)
 

@@ -1,8 +1,8 @@
-"""Still pictures for saved notebooks, drawn without a browser: a heat map of experts, and a strip of tokens."""
+"""Still pictures for saved notebooks, drawn without a browser: heat maps, strips of tokens, bars, stacked areas."""
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -12,6 +12,7 @@ INK, SOFT, LINE, PAPER, EMPTY = "#1b1f24", "#5d6670", "#c9d1d9", "#ffffff", "#f1
 # one hue from light to dark (ColorBrewer's Blues): the order is seen without colours too
 RAMP = ((222, 235, 247), (158, 202, 225), (66, 146, 198), (8, 81, 156), (8, 38, 84))
 ORANGE = (230, 159, 0)
+HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#f0e442")  # Okabe and Ito's
 SCALE = 2  # pixels of the file to one of the page, so that text stays crisp
 FONT, EAST_ASIAN = "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc"  # where they are installed; else the one Pillow brings
 
@@ -84,6 +85,68 @@ def strip(
             draw.rectangle(box, fill=_tint(value), outline=LINE, width=SCALE)
         draw.text((box[0] + 4 * SCALE, box[1] + SCALE), piece, SOFT if before else INK, _font_for(piece, 12))
     return _png(image)
+
+
+def bars(rows: Sequence[tuple[str, float]], title: str, mine: str) -> bytes:
+    """PNG of positive bytes as horizontal bars on a logarithmic axis; rows whose name begins with `mine` stand out."""
+    left, across, tall = 300, 440, 26
+    image, draw = _page(900, 66 + tall * len(rows) + 14)
+    _text(draw, (16, 10), title, 14, INK)
+    sizes = [size for _, size in rows]
+    low = math.floor(math.log10(min(sizes, default=1)))
+    high = max(low + 1, math.ceil(math.log10(max(sizes, default=1))))
+
+    def place(size: float) -> float:
+        return left + across * (math.log10(size) - low) / (high - low)
+
+    for power in range(low, high + 1):
+        x = place(10**power)
+        draw.line((x * SCALE, 52 * SCALE, x * SCALE, (56 + tall * len(rows)) * SCALE), LINE, SCALE)
+        _text(draw, (x - 10, 36), size_of(10**power), 10, SOFT)
+    for number, (name, size) in enumerate(rows):
+        y = 58 + number * tall
+        _text(draw, (16, y + 2), name, 12, INK)
+        box = (left * SCALE, (y + 2) * SCALE, max(place(size), left + 1) * SCALE, (y + 17) * SCALE)
+        draw.rectangle(box, fill=HUES[0] if name.startswith(mine) else "#9aa4ae")
+        _text(draw, (place(size) + 6, y + 2), size_of(size), 12, INK)
+    return _png(image)
+
+
+def areas(x: Sequence[float], parts: Mapping[str, Sequence[float]], title: str, axis: str) -> bytes:
+    """PNG of bytes over increasing `x`, stacked from the bottom; each holds until the next. `axis` is what x counts."""
+    left, top, across, tall = 84, 44, 600, 260
+    image, draw = _page(900, top + tall + 48)
+    _text(draw, (16, 10), title, 14, INK)
+    stack = np.cumsum([np.asarray(part, float) for part in parts.values()], 0)
+    most = float(stack.max(initial=1)) or 1.0
+    span = (x[-1] - x[0]) or 1.0
+
+    def point(at: float, size: float) -> tuple[float, float]:
+        return (left + across * (at - x[0]) / span) * SCALE, (top + tall * (1 - size / most)) * SCALE
+
+    for number in reversed(range(len(stack))):
+        ends = [*x[1:], x[-1]]
+        edge = [point(at, size) for start, end, size in zip(x, ends, stack[number]) for at in (start, end)]
+        draw.polygon([point(x[0], 0), *edge, point(x[-1], 0)], fill=HUES[number % len(HUES)])
+    for step in (0, 0.5, 1):
+        _text(draw, (16, top + tall * (1 - step) - 7), size_of(most * step), 10, SOFT)
+    for step in (0, 0.5, 1):
+        _text(draw, (left + across * step - 8, top + tall + 8), f"{x[0] + span * step:,.1f}", 10, SOFT)
+    _text(draw, (left + across / 2 - 30, top + tall + 24), axis, 10, SOFT)
+    for number, (name, part) in enumerate(parts.items()):
+        y = top + tall - 20 * (number + 1)
+        draw.rectangle(((left + across + 18) * SCALE, (y + 3) * SCALE, (left + across + 28) * SCALE, (y + 13) * SCALE),
+                       fill=HUES[number % len(HUES)])  # fmt: skip
+        _text(draw, (left + across + 34, y), f"{name} {size_of(part[-1])}", 11, INK)
+    return _png(image)
+
+
+def size_of(count: float) -> str:
+    """Bytes in words: exact up to 100,000, then in powers of 1,000."""
+    if count < 100_000:
+        return f"{count:,.0f} B"
+    power = min(4, int(math.log10(count) // 3))
+    return f"{count / 1000**power:.3g} {' KMGT'[power]}B"
 
 
 def _page(width: float, height: float) -> tuple[Image.Image, ImageDraw.ImageDraw]:
