@@ -45,7 +45,7 @@ from workbench.watching import Watch
 
 BARE, AGAIN, OFF_NAME, STATIC = "no probes in the code", "the same again", "probes off", "static routing recorder"
 LIMITS = {OFF_NAME: 0.5, STATIC: 2.0}  # percent
-STEPS = 32  # tokens of a block: the static recorder is read off after each, more often than a live view asks
+STEPS = 64  # tokens of a block: the static recorder is read off after each, about as often as a live view asks
 PROMPT = 128  # tokens
 SECONDS = {"decode": 65.0, "prefill": 15.0}  # rounds that fit into it are the default
 FEWEST = 8  # rounds
