@@ -187,6 +187,7 @@ class Engine:
             cache.truncate(kept)
             reply.stats.reused_tokens = kept
             logits = self._prefill(watched, kept, cache, stop)
+            probe = watch.probe([watched])
             started = perf_counter()
             while logits is not None and not stop.is_set():
                 step = reply.next(logits[0], started, cache.nbytes)
@@ -195,7 +196,7 @@ class Engine:
                     watch.check()
                     return
                 started = perf_counter()
-                logits = self._forward([[step.token]], cache, watch.probe([watched]))
+                logits = self._forward([[step.token]], cache, probe)
             reply.stats.finish, reply.stats.tail = "stopped", reply.rest()
         finally:
             tokens = reply.tokens[: cache.lengths[0]]

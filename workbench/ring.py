@@ -1,12 +1,13 @@
 """The static routing recorder: ids, gates and margins of every token, written into tensors that are there beforehand.
 
 A pass only writes; the host reads later, when somebody asks or room is needed, so generation never waits for it and a
-captured graph can contain it. On a CPU, where every operation costs as much as a small product, passes are only put
-together, and written some at a time. L layers with experts, B batch, T new tokens, K chosen.
+captured graph can contain it. On a CPU, where any operation costs as much as a small product, what passed is only kept,
+and written some passes at a time. L layers with experts, B batch, T new tokens, K chosen.
 """
 
 import math
 import threading
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from workbench.config import Config
 from workbench.probe import OFF, Probe, Silent
 
 CAPACITY = 1024  # tokens
-TOGETHER = 32  # tokens written at once on a CPU
+TOGETHER = 64  # tokens written at once on a CPU
 
 
 class Routing(NamedTuple):
@@ -103,9 +104,8 @@ class RoutingRing(Silent):
         self._owed: list[_Run] = []  # written, not yet handed to the logs
         self._written = 0  # rows
         self._passed: list[torch.Tensor] = []  # ids, gates and scores of each layer, one after the other
-        self._run: tuple[tuple[int, ...], tuple[RoutingLog, ...]] = ((0, 0), ())  # B and T, and the logs, of the pass
-        self._desk: list[tuple[torch.Tensor, torch.Tensor]] = []  # places for passes of this shape to be put together
-        self._waiting = 0  # of these places, taken by passes that are not written yet
+        self._kept: list[tuple[list[torch.Tensor], tuple[RoutingLog, ...]]] = []  # passes that are not written yet
+        self._size, self._enough = 0, 1 if self.by_index else TOGETHER * self.slots  # ids of one layer that are kept
         self._resize(capacity)
 
     def log(self) -> RoutingLog:
@@ -120,14 +120,7 @@ class RoutingRing(Silent):
         return self
 
     def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
-        run = (positions.shape, self._logs)
-        if run != self._run:
-            self._turn_to(run)
         self._passed = []
-        if self._written + (self._waiting + 1) * self._new > self.capacity:
-            self.drain()
-            if self._new > self.capacity:
-                self._resize(self._new)
         return self
 
     def at(self, layer: int) -> Probe:
@@ -144,48 +137,34 @@ class RoutingRing(Silent):
         if not self.layers:
             return
         passed = [x.detach() for x in self._passed] if torch.is_grad_enabled() else self._passed
-        ids = passed[::3]
-        del passed[::3]
         with self._lock:
-            if self._desk:
-                places = self._desk[self._waiting]
-                torch.cat(ids, -1, out=places[0])
-                torch.cat(passed, -1, out=places[1])
-                self._waiting += 1
-                if self._waiting == len(self._desk):
-                    self._write()
-            else:
-                self._put(1, torch.cat(ids, -1), torch.cat(passed, -1))
-
-    def _turn_to(self, run: tuple[tuple[int, ...], tuple[RoutingLog, ...]]) -> None:
-        """From now on passes have this shape and are of these sequences."""
-        (rows, tokens), logs = run
-        assert len(logs) == rows, f"{len(logs)} logs for {rows} sequences"
-        with self._lock:
-            self._write()
-            if run[0] != self._run[0]:
-                self._new = rows * tokens
-                passes = 0 if self.by_index else TOGETHER // self._new
-                with torch.inference_mode(False):
-                    width = len(self.layers) * self.slots
-                    ids = torch.empty(passes, rows, tokens, width, dtype=torch.int64)
-                    weights = torch.empty(passes, rows, tokens, 2 * width + len(self.layers))
-                self._tables, self._desk = (ids, weights), list(zip(ids, weights, strict=True))
-            self._run = run
+            self._kept.append((passed, self._logs))
+            self._size += passed[0].numel()
+            if self._size >= self._enough:
+                self._write()
 
     def _write(self) -> None:
-        """The passes that wait into the rings."""
-        with self._lock:
-            passes, self._waiting = self._waiting, 0
-            if passes:
-                self._put(passes, *(table[:passes] for table in self._tables))
+        """The passes that are kept into the rings, those of one shape and the same sequences together."""
+        with self._lock, torch.no_grad():
+            kept, self._kept, self._size = self._kept, [], 0
+            for (shape, logs), run in groupby(kept, lambda one: (one[0][0].shape, one[1])):
+                rows, tokens, _ = shape
+                assert len(logs) == rows, f"{len(logs)} logs for {rows} sequences"
+                passes = [passed for passed, _ in run]
+                room = max(1, self.capacity // (rows * tokens))
+                for first in range(0, len(passes), room):
+                    self._put(passes[first : first + room], tokens, logs)
 
-    def _put(self, passes: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Ids [..., L K], and gates and scores [..., L (K + K + 1)], of all tokens of these passes into the rings."""
-        ids = ids.view(-1, len(self.layers), self.slots)
-        gates, chosen, best = weights.view(*ids.shape[:2], -1).split([self.slots, self.slots, 1], -1)
-        first, new = self._written, len(ids)
-        for ring, values in zip(self._rings, (ids, gates, chosen - best), strict=True):
+    def _put(self, passes: list[list[torch.Tensor]], tokens: int, logs: tuple[RoutingLog, ...]) -> None:
+        ids, gates, scores = ([x for passed in passes for x in passed[kind::3]] for kind in range(3))
+        ids, gates, scores = (self._rows(parts, len(passes)) for parts in (ids, gates, scores))
+        new = len(ids)
+        if self._written + new > self.capacity:
+            self._hand_over()
+            if new > self.capacity:
+                self._resize(new)
+        first = self._written
+        for ring, values in zip(self._rings, (ids, gates, scores[..., :-1] - scores[..., -1:]), strict=True):
             if self.by_index:
                 ring.index_copy_(0, self._cursor + self._count[:new], values.to(ring.dtype))
             else:
@@ -193,33 +172,40 @@ class RoutingRing(Silent):
         if self.by_index:
             self._cursor += new
         self._written += new
-        (_, tokens), logs = self._run
         before = self._owed[-1] if self._owed else None
         if before and before[2:] == (tokens, logs):
-            self._owed[-1] = before._replace(passes=before.passes + passes)
+            self._owed[-1] = before._replace(passes=before.passes + len(passes))
         else:
-            self._owed.append(_Run(first, passes, tokens, logs))
+            self._owed.append(_Run(first, len(passes), tokens, logs))
+
+    def _rows(self, parts: list[torch.Tensor], passes: int) -> torch.Tensor:
+        """[B, T, K] of each pass and layer, as [passes B T, L, K]."""
+        each = torch.cat(parts).unflatten(0, (passes, len(self.layers), -1)).flatten(2, 3)
+        return each.transpose(1, 2).flatten(0, 1)
 
     def drain(self) -> None:
         """Hands everything written so far to the logs."""
         with self._lock:
             self._write()
-            if not self._owed:
-                return
-            ids, gates, margins = (ring[: self._written].cpu().numpy() for ring in self._rings)
-            rows = [ids.astype(np.int16), gates.astype(np.float32), margins.astype(np.float32)]
-            unused = ids == self._unused
-            if unused.any():
-                for part, filling in zip(rows, (-1, 0, np.nan), strict=True):
-                    part[unused] = filling
-            for run in self._owed:
-                shape = (run.passes, len(run.logs), run.tokens)
-                stop = run.first + math.prod(shape)
-                parts = [part[run.first : stop].reshape(*shape, *part.shape[1:]) for part in rows]
-                for number, log in enumerate(run.logs):
-                    log._add(Routing(*(part[:, number].reshape(-1, *part.shape[3:]) for part in parts)))
-            self._owed, self._written = [], 0
-            self._cursor.zero_()
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        if not self._owed:
+            return
+        ids, gates, margins = (ring[: self._written].cpu().numpy() for ring in self._rings)
+        rows = [ids.astype(np.int16), gates.astype(np.float32), margins.astype(np.float32)]
+        unused = ids == self._unused
+        if unused.any():
+            for part, filling in zip(rows, (-1, 0, np.nan), strict=True):
+                part[unused] = filling
+        for run in self._owed:
+            shape = (run.passes, len(run.logs), run.tokens)
+            stop = run.first + math.prod(shape)
+            parts = [part[run.first : stop].reshape(*shape, *part.shape[1:]) for part in rows]
+            for number, log in enumerate(run.logs):
+                log._add(Routing(*(part[:, number].reshape(-1, *part.shape[3:]) for part in parts)))
+        self._owed, self._written = [], 0
+        self._cursor.zero_()
 
     def _resize(self, capacity: int) -> None:
         shape = (capacity, len(self.layers), self.slots)

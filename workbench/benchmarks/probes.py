@@ -3,7 +3,8 @@
 The machine is shared and its speed drifts by more than what is measured. So every way of looking runs in many short
 blocks, in a new order every round, and is compared with the baseline of its own round; the baseline runs twice, and its
 second run against its first shows what a difference of nothing looks like. With one thread the clock is the processor's
-time, in which nobody else takes part.
+time, in which nobody else takes part. What is due only now and then, reading the static recorder off, is timed by itself
+and counted in every token.
 """
 
 import gc
@@ -45,7 +46,8 @@ from workbench.watching import Watch
 
 BARE, AGAIN, OFF_NAME, STATIC = "no probes in the code", "the same again", "probes off", "static routing recorder"
 LIMITS = {OFF_NAME: 0.5, STATIC: 2.0}  # percent
-STEPS = 64  # tokens of a block: the static recorder is read off after each, about as often as a live view asks
+STEPS = 16  # tokens of a block: short, for the machine changes its speed within a tenth of a second
+READ = 3  # blocks after which the static recorder is read off, more often than a live view asks
 PROMPT = 128  # tokens
 SECONDS = {"decode": 65.0, "prefill": 15.0}  # rounds that fit into it are the default
 FEWEST = 8  # rounds
@@ -55,19 +57,19 @@ RESAMPLES = 2000
 
 
 class Way(NamedTuple):
-    """A way of looking: `probe` makes the probe of a pass, `after` ends a block, `before` a block of something else."""
+    """A way of looking. `clear` comes before a block and is not timed; `drain` is due every READ blocks."""
 
     name: str
     model: nn.Module
-    probe: Callable[[], Probe] | None  # None: the model takes none
-    before: Callable[[], object] = lambda: None
-    after: Callable[[], object] = lambda: None
+    probe: Probe | None  # None: the model takes none
+    clear: Callable[[], object] = lambda: None
+    drain: Callable[[], object] | None = None
 
     def run(self, tokens: torch.Tensor, cache: LatentCache) -> torch.Tensor:
         """One pass, as Engine does it."""
         if self.probe is None:
             return self.model(tokens, cache, logits="last")
-        return self.model(tokens, cache, self.probe(), logits="last")
+        return self.model(tokens, cache, self.probe, logits="last")
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ def ways_of(model: Model) -> list[Way]:
     ways = [
         Way(BARE, copy_of(model, probes=False), None),
         Way(AGAIN, copy_of(model, probes=False), None),
-        Way(OFF_NAME, copy_of(model, probes=True), lambda: OFF),
+        Way(OFF_NAME, copy_of(model, probes=True), OFF),
         _recorded(model, "residual and router sites", watched),
         _recorded(model, "all sites, attention in the open", SITES),
     ]
@@ -207,14 +209,14 @@ def ways_of(model: Model) -> list[Way]:
 def _static(model: Model, name: str, *edits: Edit) -> Way:
     """As the engine always records. A TopK with the model's own K costs what looking costs, and no more."""
     watch = Watch(model, name, edits)
-    one = watch.of(SimpleNamespace(stats=Stats(prompt_tokens=0, seed=0)), str)
-    return Way(name, copy_of(model, probes=True), lambda: watch.probe([one]), after=watch.ring.drain)
+    probe = watch.probe([watch.of(SimpleNamespace(stats=Stats(prompt_tokens=0, seed=0)), str)])
+    return Way(name, copy_of(model, probes=True), probe, drain=watch.ring.drain)
 
 
 def _recorded(model: Model, name: str, sites: Sequence[str]) -> Way:
     there = [site for site in sites if layers_with(site, model.config)]
     recorder = Recorder(*there, limit=1 << 40)
-    return Way(name, copy_of(model, probes=True), lambda: recorder, recorder.clear)
+    return Way(name, copy_of(model, probes=True), recorder, recorder.clear)
 
 
 def check(ways: Sequence[Way], tokens: torch.Tensor, cache: LatentCache) -> None:
@@ -254,7 +256,10 @@ def _table(
 ) -> tuple[Row, ...]:
     """The ways in turns on `tokens`, `passes` of them one after the other, with `at` tokens in the cache before."""
     counts = [_ops(way, tokens, cache, at) for way in ways]
-    dice = random.Random(0)
+    dice, every = random.Random(0), READ if passes > 1 else 1
+    read = passes + 1 if passes > 1 else 2 * tokens.shape[1]  # tokens of a block, with those that warm up
+    blocks: dict[str, int] = dict.fromkeys((way.name for way in ways), 0)
+    drained: dict[str, list[float]] = {way.name: [] for way in ways if way.drain}
 
     def run(number: int) -> dict[str, float]:
         """Milliseconds per token of each way that is in this round, in an order that chance decides."""
@@ -263,6 +268,9 @@ def _table(
         for way in dice.sample(chosen, len(chosen)):
             taken[way.name] = _block(way, tokens, cache, passes) / (passes * tokens.shape[1])
             cache.truncate(at)
+            blocks[way.name] += 1
+            if way.drain and blocks[way.name] % every == 0:
+                drained[way.name].append(_milliseconds(way.drain) / (every * read))
         return taken
 
     if rounds is None:
@@ -270,15 +278,20 @@ def _table(
         for number in range(SELDOM):
             run(number)
         rounds = max(FEWEST, int(SELDOM * seconds / max(time.perf_counter() - started, 1e-9)))
-    return tuple(rows_of([run(number) for number in range(rounds)], ways, counts))
+    rounds = max(rounds, READ)  # so that there is one reading at least
+    taken = [run(number) for number in range(rounds)]
+    due = {name: statistics.median(each) if each else 0.0 for name, each in drained.items()}
+    return tuple(rows_of(taken, due, ways, counts))
 
 
-def rows_of(taken: Sequence[dict[str, float]], ways: Sequence[Way], ops: Sequence[int]) -> Iterator[Row]:
-    """A row a way, from the milliseconds of each round."""
+def rows_of(
+    taken: Sequence[dict[str, float]], due: dict[str, float], ways: Sequence[Way], ops: Sequence[int]
+) -> Iterator[Row]:
+    """A row a way, from the milliseconds per token of each round and what is `due` now and then, per token."""
     for way, count in zip(ways, ops, strict=True):
         there = [one for one in taken if way.name in one]
         base = [one[BARE] if way.name in (BARE, AGAIN) else (one[BARE] + one[AGAIN]) / 2 for one in there]
-        ms = [one[way.name] for one in there]
+        ms = [one[way.name] + due.get(way.name, 0.0) for one in there]
         extra = tuple(round(100 * (one / b - 1), 3) for one, b in zip(ms, base, strict=True))
         yield Row(way.name, tuple(round(one, 5) for one in ms), extra, count, LIMITS.get(way.name))
 
@@ -288,13 +301,25 @@ def _ops(way: Way, tokens: torch.Tensor, cache: LatentCache, at: int) -> int:
     with listed:
         way.run(tokens, cache)
     cache.truncate(at)
-    way.after()
-    way.before()
+    way.clear()
+    if way.drain:
+        way.drain()
     return len(listed.ops)
 
 
 def _clock() -> Callable[[], float]:
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    clock = _clock()
+    gc.disable()
+    try:
+        started = clock()
+        run()
+        return 1e3 * (clock() - started)
+    finally:
+        gc.enable()
 
 
 def _block(way: Way, tokens: torch.Tensor, cache: LatentCache, passes: int) -> float:
@@ -303,15 +328,10 @@ def _block(way: Way, tokens: torch.Tensor, cache: LatentCache, passes: int) -> f
     way.run(tokens, cache)
     if passes == 1:
         cache.truncate(length)
-    way.after()
-    way.before()
-    clock = _clock()
-    gc.disable()
-    try:
-        started = clock()
+    way.clear()
+
+    def block() -> None:
         for _ in range(passes):
             way.run(tokens, cache)
-        way.after()
-        return 1e3 * (clock() - started)
-    finally:
-        gc.enable()
+
+    return _milliseconds(block)
