@@ -1,6 +1,6 @@
 """Watching: what is seen of a generation and how it is edited, for one sequence or a batch of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 
@@ -66,12 +66,12 @@ class Watch:
         """Further arguments of a pass over a prompt: the logits of every token, if these are watched."""
         return ("all",) if {"final.norm", "logits"} & set(self.sites) else ()
 
-    def of(self, reply: Reply, piece, log: RoutingLog | None = None) -> "Watched":
-        """The part of one reply. `log` is the routing of tokens that are in the cache already."""
+    def of(self, reply: Reply, piece: Callable[[int], str]) -> "Watched":
+        """The part of one reply; `piece` is the text of a token."""
         recorder = Recorder(*self.sites) if self.sites else None
         scores = Recorder("moe.router_probs") if self.scores else None
         self._recorders += [recorder] if recorder else []  # scores fire in every pass: nothing to check, or to hold
-        return Watched(self, reply, piece, log or self.ring.log(), recorder, scores)
+        return Watched(self, reply, piece, self.ring.log(), recorder, scores)
 
     def probe(self, watched: Sequence["Watched"]) -> Probe:
         """The probe of a pass over these sequences, in the order of the batch."""
@@ -97,7 +97,13 @@ class Watched:
     """What was seen of one sequence: its routing, and `recorder` with the sites that were asked for."""
 
     def __init__(
-        self, watch: Watch, reply: Reply, piece, log: RoutingLog, recorder: Recorder | None, scores: Recorder | None
+        self,
+        watch: Watch,
+        reply: Reply,
+        piece: Callable[[int], str],
+        log: RoutingLog,
+        recorder: Recorder | None,
+        scores: Recorder | None,
     ):
         self.watch, self.reply, self._piece, self.log = watch, reply, piece, log
         self.recorder, self._scores = recorder, scores

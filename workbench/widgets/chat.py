@@ -146,9 +146,7 @@ class ChatPanel(ipywidgets.VBox):
     @edits.setter
     def edits(self, edits: Sequence[Edit]) -> None:
         self.conversation.edits = edits
-        self.explorer.edits.clear()
-        for edit in edits:
-            self.explorer.edits.add(edit)
+        self.explorer.edits.put(edits)
 
     def select(self, turn: Turn | int) -> None:
         """Shows this version: one of the `versions` of a turn."""

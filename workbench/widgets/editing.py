@@ -67,6 +67,12 @@ class EditControls(ipywidgets.VBox):
         """Any edit, also of a kind that has no fields here. RequestError if the model has no place for it."""
         self._add([edit])
 
+    def put(self, edits: Iterable[Edit]) -> None:
+        """These in place of all others. RequestError, and nothing changes, if the model has no place for one."""
+        new = tuple(edits)
+        check(new, self.config)
+        self._set(new)
+
     def remove(self, number: int) -> None:
         """Takes back edit number `number` of `edits`."""
         if not -len(self._edits) <= number < len(self._edits):
@@ -86,9 +92,7 @@ class EditControls(ipywidgets.VBox):
     # Behind the fields
 
     def _add(self, edits: list[Edit]) -> None:
-        new = (*self._edits, *edits)
-        check(new, self.config)
-        self._set(new)
+        self.put((*self._edits, *edits))
 
     def _set(self, edits: Iterable[Edit]) -> None:
         self.error.value = ""
