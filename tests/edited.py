@@ -1,10 +1,17 @@
 """What edits mean, carried out token by token in plain loops on the float64 reference, as workbench/edits.py has it."""
 
+from functools import cache
+
+import checkpoints
+import torch
 from inside import Inside
 from torch import Tensor
 
+from workbench.editing import Editing
 from workbench.edits import Ablate, Add, Bias, Edit, Force, ReplayRouting, Scale, TopK
 from workbench.probe import SITES
+
+LENGTH, PROMPT = 12, 7  # tokens of a case, and of its prompt
 
 
 def edited(config: dict, tensors: dict[str, Tensor], tokens: list[int], edits: list[Edit], prompt: int = 0) -> Inside:
@@ -83,3 +90,24 @@ def edited(config: dict, tensors: dict[str, Tensor], tokens: list[int], edits: l
         return (forced + [expert for expert in ranked if expert not in forced])[:count]
 
     return Inside(config, tensors, tokens, change, choose)
+
+
+def cases(checkpoint, model, seed):
+    """cases(...)(name) -> config, tensors, model, tokens, logits without an edit."""
+
+    @cache
+    def make(name):
+        config, tensors = checkpoint(name).config, checkpoint(name).tensors
+        tokens = checkpoints.some_tokens(config, LENGTH, seed=seed)
+        with torch.no_grad():
+            return config, tensors, model(name), tokens, model(name)(torch.tensor([tokens]))[0]
+
+    return make
+
+
+def run(bench, tokens, edits, prompts=PROMPT):
+    return bench(torch.tensor([tokens]), probe=Editing(edits, bench.config, prompts))[0]
+
+
+def same(a, b, tolerance=1e-4):
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())

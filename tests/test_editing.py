@@ -2,14 +2,13 @@
 
 import random
 from dataclasses import replace
-from functools import cache
 
 import checkpoints
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from edited import edited
+from edited import LENGTH, PROMPT, cases, edited, run, same
 from inside import Inside
 
 from workbench.cache import LatentCache
@@ -22,7 +21,6 @@ from workbench.recorder import Recorder
 from workbench.trace import Trace, new_header
 
 NAMES = ["lite", "v2", "groups_differ", "normed_gates"]
-LENGTH, PROMPT = 12, 7
 
 
 @pytest.fixture(autouse=True)
@@ -33,24 +31,7 @@ def without_gradients():
 
 @pytest.fixture(scope="module")
 def case(checkpoint, model):
-    """case(name) -> config, tensors, model, tokens, logits without an edit."""
-
-    @cache
-    def make(name):
-        config, tensors = checkpoint(name).config, checkpoint(name).tensors
-        tokens = checkpoints.some_tokens(config, LENGTH, seed=11)
-        with torch.no_grad():
-            return config, tensors, model(name), tokens, model(name)(torch.tensor([tokens]))[0]
-
-    return make
-
-
-def run(bench, tokens, edits, prompts=PROMPT):
-    return bench(torch.tensor([tokens]), probe=Editing(edits, bench.config, prompts))[0]
-
-
-def same(a, b, tolerance=1e-4):
-    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+    return cases(checkpoint, model, seed=11)
 
 
 EDITS = [

@@ -1,11 +1,8 @@
 """Scale and Add at every site, and all edits in every form a text can be read in: at once, in parts, in a batch."""
 
-from functools import cache
-
-import checkpoints
 import pytest
 import torch
-from edited import edited
+from edited import LENGTH, PROMPT, cases, edited, run, same
 
 from workbench.cache import LatentCache
 from workbench.editcheck import indexed
@@ -15,7 +12,6 @@ from workbench.probe import INSIDE, SITES, both, layers_with, sizes
 from workbench.recorder import Recorder
 from workbench.trace import Trace
 
-LENGTH, PROMPT = 12, 7
 WRITABLE = [site.name for site in SITES.values() if site.writable]
 
 
@@ -27,24 +23,7 @@ def without_gradients():
 
 @pytest.fixture(scope="module")
 def case(checkpoint, model):
-    """case(name) -> config, tensors, model, tokens, logits without an edit."""
-
-    @cache
-    def make(name):
-        config, tensors = checkpoint(name).config, checkpoint(name).tensors
-        tokens = checkpoints.some_tokens(config, LENGTH, seed=21)
-        with torch.no_grad():
-            return config, tensors, model(name), tokens, model(name)(torch.tensor([tokens]))[0]
-
-    return make
-
-
-def run(bench, tokens, edits, prompts=PROMPT):
-    return bench(torch.tensor([tokens]), probe=Editing(edits, bench.config, prompts))[0]
-
-
-def same(a, b, tolerance=1e-4):
-    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+    return cases(checkpoint, model, seed=21)
 
 
 def vector(site, config):

@@ -2,9 +2,9 @@
 
 The machine is shared and its speed drifts by more than what is measured. So every way of looking runs in many short
 blocks, in a new order every round, and is compared with the baseline of its own round. The baseline runs twice: its
-second run against its first shows what a difference of nothing looks like. With one thread the clock is the processor's
-time, in which nobody else takes part. What is due only now and then, reading the static recorder off, is timed by itself
-and counted in every token.
+second run against its first shows what a difference of nothing looks like. With one thread the clock is the
+processor's time, in which nobody else takes part. What is due only now and then, reading the static recorder off, is
+timed by itself and counted in every token.
 """
 
 import gc
