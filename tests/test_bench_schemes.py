@@ -14,7 +14,8 @@ from workbench.benchmarks.schemes import BUDGET, ROW, Scheme, candidates, made_r
 from workbench.checkpoint import Random, save
 from workbench.config import Config
 from workbench.errors import RequestError
-from workbench.formats import CACHE_FORMATS, Codes, Groups
+from workbench.codec import Codes, Groups
+from workbench.formats import CACHE_FORMATS
 from workbench.model import Model
 
 ROWS = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 5, 96)

@@ -7,23 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from workbench import formats
+from workbench import codec as codecs
+from workbench.codec import STEPS, Codes, Float, Groups, Tiles, pack_bits, packed_width, unpack_bits
 from workbench.errors import RequestError
-from workbench.formats import (
-    CACHE_FORMATS,
-    STEPS,
-    Codes,
-    Float,
-    Format,
-    Groups,
-    Packed,
-    Row,
-    Tiles,
-    cache_format,
-    pack_bits,
-    packed_width,
-    unpack_bits,
-)
+from workbench.formats import CACHE_FORMATS, Format, Packed, Row, cache_format
 
 V2 = Row(512, 64)
 PACKED = [name for name, format in CACHE_FORMATS.items() if isinstance(format, Packed)]
@@ -170,7 +157,7 @@ def slow(codec, x):
 
 
 def as_numbers(part):
-    return (part.view(torch.uint8) if part.dtype == formats.FP8 else part).tolist()
+    return (part.view(torch.uint8) if part.dtype == codecs.FP8 else part).tolist()
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -197,7 +184,7 @@ def bound(codec, x):
     if isinstance(codec, Float):
         return size * 2**-8
     if isinstance(codec, Tiles):  # half of the last of 4 digits, or of the smallest number
-        tile = formats._grouped(size, codec.tile).amax(-1).repeat_interleave(codec.tile, -1)[..., : x.shape[-1]]
+        tile = codecs._grouped(size, codec.tile).amax(-1).repeat_interleave(codec.tile, -1)[..., : x.shape[-1]]
         return size / 16 + (tile / 448 + 1e-12) * 2**-10
     most = 2 ** (codec.bits - 1) - 1
     step = size.amax(-1, keepdim=True) / most * (1 + 2**-10) + 2**-24  # fp16, rounded up; 2^-24 is its smallest number
@@ -219,8 +206,8 @@ def test_no_group_is_further_off_than_half_steps_of_its_own(codec, kind):
     for width in WIDTHS:
         x = vectors(kind, width)
         most = 2 ** (codec.bits - 1) - 1
-        error = formats._grouped(codec.unpack(codec.pack(x), width).double() - x.double(), codec.group)
-        own = formats._grouped(x.double().abs(), codec.group).amax(-1) / most
+        error = codecs._grouped(codec.unpack(codec.pack(x), width).double() - x.double(), codec.group)
+        own = codecs._grouped(x.double().abs(), codec.group).amax(-1) / most
         whole = x.double().abs().amax(-1, keepdim=True) / most * (1 + 2**-10) + 2**-24
         step = own + whole / 255  # parts of the whole are rounded up, to the next 255th
         assert (error.square().sum(-1) <= codec.group * (step / 2).square() * (1 + 1e-5)).all()

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata, util
@@ -19,6 +18,8 @@ from workbench.errors import WorkbenchError
 
 OK, WARN, FAIL = STATES = ("ok", "warn", "fail")
 GB = 1e9
+WIDTHS = (16, 4 + 8 / 64)  # bits of a weight: bf16, and int4 with an 8-bit scale for every 64
+MEASURE = "workbench doctor --measure, once: it takes half a minute and is kept"
 
 
 class Check(NamedTuple):
@@ -277,29 +278,51 @@ def _expectations() -> Iterator[Check]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         where, room = "GPU memory", float(torch.cuda.mem_get_info()[0])
-    speed = bandwidth(torch, device)
-    yield Check(section, "bandwidth", OK, f"{speed / GB:.0f} GB/s read from {where}, measured just now")
+    bandwidth, measured = import_module("workbench.bandwidth"), None
+    try:
+        measured = bandwidth.saved()
+    except WorkbenchError as error:
+        yield Check(section, "measurement", WARN, str(error), MEASURE)
+    rates = () if measured is None else measured.memory if device == "cpu" else measured.device_memory
+    if measured is not None:
+        yield Check(section, "measured", OK, measured.how)
+        yield from (Check(section, name, OK, found) for name, found in measured.lines())
+    if rates:
+        speed = bandwidth.fastest(rates).median
+    else:
+        speed = bandwidth.glance(device)
+        found = f"{speed / GB:.0f} GB/s read from {where}, measured just now"
+        yield Check(section, "bandwidth", OK, found, MEASURE)
+    disk = bandwidth.fastest(measured.disk).median if measured is not None and measured.disk else None
     for name, title in (("pocket", "pocket"), ("v2-lite", "V2-Lite, 16B"), ("v2", "V2, 236B")):
         config = Config.preset(name)
-        total, active = (2 * count for count in config.parameters())
-        active -= 2 * config.vocab_size * config.hidden_size  # of the embedding, one row is read
-        needs = f"{total / GB:.2f} GB of weights in bf16"
-        if total > room:
-            remedy = f"a machine with {total * 1.1 / GB:.0f} GB"
-            yield Check(section, title, WARN, f"no: {needs}, {room / GB:.0f} GB of {where} free", remedy)
-        elif total < 0.1 * GB:
-            yield Check(section, title, OK, f"yes: {needs}; bound by the overhead of each step, not by bandwidth")
-        else:
-            found = f"{needs}, {active / GB:.1f} GB read a token: at most {speed / active:.1f} tokens/s"
-            yield Check(section, title, OK, f"{'yes' if speed / active > 10 else 'slowly'}: {found}")
+        total, active = config.parameters()
+        active -= config.vocab_size * config.hidden_size  # of the embedding, one row is read
+        if 2 * total < 0.1 * GB:
+            found = f"yes: {2 * total / GB:.2f} GB of weights in bf16"
+            yield Check(section, title, OK, f"{found}; bound by the overhead of each step, not by bandwidth")
+            continue
+        for bits in WIDTHS:
+            yield _expectation(section, title, bits, total, active, (where, room, speed), disk)
 
 
-def bandwidth(torch: ModuleType, device: str) -> float:
-    """Bytes per second, the best of three reads of 256 MB."""
-    block = torch.ones(64 * 2**20, device=device)
-    best = 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        block.sum().item()  # item() waits for a GPU
-        best = max(best, block.nbytes / (time.perf_counter() - start))
-    return best
+def _expectation(
+    section: str, title: str, bits: float, total: int, active: int, memory: tuple[str, float, float], disk: float | None
+) -> Check:
+    """Of a model with so many weights, so many of which are read a token; `disk`: bytes per second, None if unknown."""
+    where, room, speed = memory
+    width = "bf16" if bits == 16 else f"{bits:.2f} bits"
+    size, read = total * bits / 8, active * bits / 8
+    needs = f"{size / GB:.2f} GB of weights in {width}"
+    title = title if bits == 16 else f"{title.split(',')[0]}, {width}"
+    if size <= room:
+        found = f"{needs}, {read / GB:.1f} GB read a token: at most {speed / read:.1f} tokens/s"
+        return Check(section, title, OK, f"{'yes' if speed / read > 10 else 'slowly'}: {found}")
+    found, remedy = f"no: {needs}, {room / GB:.0f} GB of {where} free", f"a machine with {size * 1.1 / GB:.0f} GB"
+    if disk is not None:
+        found += f"; all {read / GB:.1f} GB of a token read from disk: {_rate(disk / read)}"
+    return Check(section, title, WARN, found, remedy)
+
+
+def _rate(tokens: float) -> str:
+    return f"{tokens:.2g} tokens/s" if tokens >= 1 else f"{1 / tokens:.1f} s a token"

@@ -5,9 +5,7 @@ head, R rotary width, V value width, W = C + R the cached row, E experts, K chos
 """
 
 from collections.abc import Callable, Iterable
-from functools import reduce
 from itertools import chain
-from operator import add
 
 import torch
 from torch import nn
@@ -16,7 +14,7 @@ from workbench import ops
 from workbench.cache import LatentCache
 from workbench.config import Config
 from workbench.errors import CheckpointError, RequestError
-from workbench.experts import Bank, Resident
+from workbench.experts import Resident, Store
 from workbench.probe import OFF, Probe
 from workbench.rope import Rope, rotate, softmax_scale
 from workbench.weights import Inventory, Source
@@ -40,12 +38,12 @@ class Attention(nn.Module):
         else:
             down = {f"{name}.q_a_proj.weight": rank} | down
             self.q_norm = weights.take(f"{name}.q_a_layernorm.weight", rank)
-            self.q_up = weights.take(f"{name}.q_b_proj.weight", query, rank)
+            self.q_up = weights.matrix(f"{name}.q_b_proj.weight", query, rank)
         self.down = weights.stacked(down, config.hidden_size)
         self.kv_norm = weights.take(f"{name}.kv_a_layernorm.weight", config.kv_lora_rank)
         per_head = config.qk_nope_head_dim + config.v_head_dim
-        self.kv_up = weights.take(f"{name}.kv_b_proj.weight", heads * per_head, config.kv_lora_rank)
-        self.out = weights.take(f"{name}.o_proj.weight", config.hidden_size, heads * config.v_head_dim)
+        self.kv_up = weights.matrix(f"{name}.kv_b_proj.weight", heads * per_head, config.kv_lora_rank)
+        self.out = weights.matrix(f"{name}.o_proj.weight", config.hidden_size, heads * config.v_head_dim)
 
     def forward(
         self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe
@@ -95,17 +93,12 @@ class Attention(nn.Module):
 
         rows [B, S, W], or chunks of them, of `length` together.
         """
-        up_key, up_value = self.kv_up.unflatten(0, (self.config.num_attention_heads, -1)).split(
-            [self.config.qk_nope_head_dim, self.config.v_head_dim], 1
-        )  # [H, N, C], [H, V, C]
-        latent = (content.transpose(1, 2) @ up_key).transpose(1, 2)
-        query = torch.cat([latent, position], -1)  # [B, T, H, W]
+        query = torch.cat([ops.lift(content, self.kv_up), position], -1)  # [B, T, H, W]
 
         def shared(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return rows[:, :, None], rows[:, :, None, : self.config.kv_lora_rank]
 
-        out = self._attend(query, rows, length, shared)  # [B, T, H, C]
-        return (out.transpose(1, 2) @ up_value.mT).transpose(1, 2)
+        return ops.lower(self._attend(query, rows, length, shared), self.kv_up, self.config.v_head_dim)
 
     def expanded(self, content: torch.Tensor, position: torch.Tensor, rows: Rows, length: int = 0) -> torch.Tensor:
         """Keys and values of every head rebuilt from the rows, for this call only. `rows` as in `absorbed`."""
@@ -162,7 +155,7 @@ class Dense(nn.Module):
     def __init__(self, name: str, hidden: int, width: int, weights: Inventory):
         super().__init__()
         self.gate_up = weights.stacked({f"{name}.gate_proj.weight": width, f"{name}.up_proj.weight": width}, hidden)
-        self.down = weights.take(f"{name}.down_proj.weight", hidden, width)
+        self.down = weights.matrix(f"{name}.down_proj.weight", hidden, width)
 
     def forward(self, x: torch.Tensor, probe: Probe = OFF) -> torch.Tensor:
         return ops.linear(ops.swiglu(ops.linear(x, self.gate_up)), self.down)
@@ -171,21 +164,12 @@ class Dense(nn.Module):
 class Mixture(nn.Module):
     """Fine-grained experts chosen per token, beside shared ones (paper, section 2.2; equations 20-22)."""
 
-    def __init__(self, config: Config, layer: int, weights: Inventory, store: Resident):
+    def __init__(self, config: Config, layer: int, weights: Inventory, store: Store):
         super().__init__()
         self.config, self.layer, self.store = config, layer, store
         name, hidden, width = f"model.layers.{layer}.mlp", config.hidden_size, config.moe_intermediate_size
         self.router = weights.take(f"{name}.gate.weight", config.n_routed_experts, hidden)
-        bank = Bank(
-            weights.empty(config.n_routed_experts, 2 * width, hidden),
-            weights.empty(config.n_routed_experts, hidden, width),
-        )
-        for expert in range(config.n_routed_experts):
-            one = f"{name}.experts.{expert}"
-            weights.take(f"{one}.gate_proj.weight", width, hidden, into=bank.gate_up[expert, :width])
-            weights.take(f"{one}.up_proj.weight", width, hidden, into=bank.gate_up[expert, width:])
-            weights.take(f"{one}.down_proj.weight", hidden, width, into=bank.down[expert])
-        store.put(layer, bank)
+        store.take(config, layer, weights)
         self.shared = None
         if config.n_shared_experts:
             self.shared = Dense(f"{name}.shared_experts", hidden, config.n_shared_experts * width, weights)
@@ -195,13 +179,13 @@ class Mixture(nn.Module):
         see = probe.see
         ids, gates = self.choose(x, probe)
         flat, ids, gates = x.flatten(0, -2), ids.flatten(0, -2), gates.flatten(0, -2)
-        waves = self.store.waves(self.layer, ids)
+        waves = self.store.waves(self.layer, ids, flat)
         if probe.opens("experts"):
-            outputs = reduce(add, (ops.expert_outputs(flat, slots, *bank) for bank, slots in waves))
+            outputs = ops.expert_outputs(flat, waves)
             outputs = see("moe.expert_out", outputs.view(*shape, *outputs.shape[1:]))
             routed = ops.weigh_outputs(outputs.flatten(0, -3), gates)
         else:
-            routed = reduce(add, (ops.experts(flat, slots, gates, *bank) for bank, slots in waves))
+            routed = ops.experts(flat, gates, waves)
         routed = see("moe.routed_out", routed.view(*shape, -1))
         return routed if self.shared is None else routed + see("moe.shared_out", self.shared(x))
 
@@ -218,7 +202,7 @@ class Mixture(nn.Module):
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, config: Config, layer: int, weights: Inventory, store: Resident):
+    def __init__(self, config: Config, layer: int, weights: Inventory, store: Store):
         super().__init__()
         self.layer, self.eps = layer, config.rms_norm_eps
         name = f"model.layers.{layer}"
@@ -247,7 +231,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """A DeepSeek-V2, complete when constructed. Weights do not ask for gradients until `requires_grad_()`."""
 
-    def __init__(self, config: Config, source: Source, store: Resident | None = None):
+    def __init__(self, config: Config, source: Source, store: Store | None = None):
         if source.dtype == torch.float16:
             raise CheckpointError(
                 "fp16 cannot hold DeepSeek-V2: activations pass 65,504 and become infinite. Use dtype='bf16' or 'fp32'."
@@ -257,7 +241,7 @@ class Model(nn.Module):
         self.rope = Rope(config, self.device)
         self.store = Resident() if store is None else store
         weights = Inventory(source)
-        self.embedding = weights.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.embedding = weights.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
             Block(config, layer, weights, self.store) for layer in range(config.num_hidden_layers)
         )
@@ -265,8 +249,9 @@ class Model(nn.Module):
         if config.tie_word_embeddings:
             self.head = self.embedding
         else:
-            self.head = weights.take("lm_head.weight", config.vocab_size, config.hidden_size)
+            self.head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
         self.tensors = weights.tensors
+        self.store.opened(self)
 
     def forward(
         self, tokens: torch.Tensor, cache: LatentCache | None = None, probe: Probe = OFF, logits: str = "all"
@@ -285,7 +270,7 @@ class Model(nn.Module):
         if cache is not None:
             cache.reserve(new)
         rotations = self.rope.at(positions.to(self.device))  # [B, T, R/2]
-        x = probe("embed", nn.functional.embedding(tokens.to(self.device), self.embedding))
+        x = probe("embed", ops.embed(tokens.to(self.device), self.embedding, self.dtype))
         for block in self.blocks:
             x = block(x, rotations, cache, probe)
         if logits == "last":

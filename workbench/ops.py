@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from workbench import packed
+from workbench.blocks import Bank
 from workbench.config import Config
+from workbench.matrix import Matrix, Weight, dense
 from workbench.probe import Probe
 
 SCORES = 1 << 26  # attention scores held at once, in elements: a quarter of a gigabyte
@@ -52,9 +56,31 @@ def op(body: Callable) -> Callable:
     return call
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """x [..., in] by weight [out, in]."""
-    return F.linear(x, weight)
+    return packed.linear(x, weight) if isinstance(weight, Matrix) else F.linear(x, weight)
+
+
+def embed(tokens: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a weight [vocab, D] for tokens [...]: [..., D]. Of a packed one only these rows are unpacked."""
+    return weight[tokens].dense(dtype) if isinstance(weight, Matrix) else F.embedding(tokens, weight)
+
+
+def lift(content: torch.Tensor, kv_up: Weight) -> torch.Tensor:
+    """Queries [B, T, H, N] into the space of the latent, [B, T, H, C], by the key rows of kv_up [H (N + V), C]."""
+    heads, width = content.shape[-2:]
+    if isinstance(kv_up, Matrix) and (lifted := packed.lift(content, kv_up)) is not None:
+        return lifted
+    keys = dense(kv_up, content.dtype).unflatten(0, (heads, -1))[:, :width]  # [H, N, C]
+    return (content.transpose(1, 2) @ keys).transpose(1, 2)
+
+
+def lower(out: torch.Tensor, kv_up: Weight, width: int) -> torch.Tensor:
+    """What heads read of the latent, [B, T, H, C], as values [B, T, H, V = width], by the value rows of kv_up."""
+    if isinstance(kv_up, Matrix) and (lowered := packed.lower(out, kv_up, width)) is not None:
+        return lowered
+    values = dense(kv_up, out.dtype).unflatten(0, (out.shape[-2], -1))[:, -width:]  # [H, V, C]
+    return (out.transpose(1, 2) @ values.mT).transpose(1, 2)
 
 
 @op
@@ -238,24 +264,34 @@ def _weighed(chosen: torch.Tensor, config: Config, used: torch.Tensor | int = 0)
     return torch.where(used > 1, normed, chosen * config.routed_scaling_factor)
 
 
-def experts(
-    x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
+Waves = Iterable[tuple[Bank, torch.Tensor]]
+
+
+def experts(x: torch.Tensor, gates: torch.Tensor, waves: Waves) -> torch.Tensor:
     """Sum over the chosen experts of gate * expert(x), accumulated in fp32.
 
-    x [N, D]; ids, gates [N, K]; gate_up [E, 2 I, D]; down [E, D, I] -> [N, D] in x's type.
+    x [N, D]; gates [N, K]; waves: banks gate_up [E, 2 I, D], down [E, D, I], each with the slot of every choice in it,
+    [N, K], or -1 where it is in another wave. Plain experts come in one wave -> [N, D] in x's type.
     """
+    waves = iter(waves)
+    bank, slots = next(waves)
+    if isinstance(bank.gate_up, Matrix):  # one order of summing, however many waves there are
+        return weigh_outputs(packed.expert_outputs(x, chain([(bank, slots)], waves)), gates)
     if x.shape[0] == 1 and not torch.is_grad_enabled():
-        return (gates[0] @ _outputs_of_one(x[0], ids[0], gate_up, down).float()).to(x.dtype)[None]
-    return _experts_grouped(x, ids, gates, gate_up, down)
+        return (gates[0] @ _outputs_of_one(x[0], slots[0], *bank).float()).to(x.dtype)[None]
+    return _experts_grouped(x, slots, gates, *bank)
 
 
-def expert_outputs(x: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def expert_outputs(x: torch.Tensor, waves: Waves) -> torch.Tensor:
     """What `experts` sums, before the gates: [N, K, D] in x's type."""
+    waves = iter(waves)
+    bank, slots = next(waves)
+    if isinstance(bank.gate_up, Matrix):
+        return packed.expert_outputs(x, chain([(bank, slots)], waves))
     if x.shape[0] == 1 and not torch.is_grad_enabled():
-        return _outputs_of_one(x[0], ids[0], gate_up, down)[None]
-    order, _, outputs = _outputs_grouped(x, ids, gate_up, down)
-    return torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, ids.shape)
+        return _outputs_of_one(x[0], slots[0], *bank)[None]
+    order, _, outputs = _outputs_grouped(x, slots, *bank)
+    return torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, slots.shape)
 
 
 def weigh_outputs(outputs: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:

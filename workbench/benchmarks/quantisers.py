@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from workbench.errors import RequestError
-from workbench.formats import STEPS, Codec, packed_width
+from workbench.codec import STEPS, Codec, packed_width
 
 LEVELS = ("mid-tread", "mid-rise", "asymmetric", "Lloyd-Max")
 SCALES = ("fp16", "8 bit")
@@ -148,7 +148,7 @@ def hadamard(width: int) -> torch.Tensor:
 
 
 def _fp16(scale: torch.Tensor) -> torch.Tensor:
-    """As formats.py keeps a scale: fp16, rounded up, never 0."""
+    """As codec.py keeps a scale: fp16, rounded up, never 0."""
     half = scale.to(torch.float16)
     above = (half.view(torch.int16) + 1).view(torch.float16)
     return torch.where(half.float() < scale, above, half).clamp(min=6e-8).float()

@@ -9,7 +9,8 @@ from torch import Tensor
 from workbench.cache import BLOCK, LatentCache
 from workbench.config import Config
 from workbench.exercises.feedback import Feedback
-from workbench.formats import CACHE_FORMATS, Row, pack_bits
+from workbench.codec import pack_bits
+from workbench.formats import CACHE_FORMATS, Row
 
 HELD = (("pocket", 640), ("pocket", 130), ("pocket", 1), ("pocket", 0), ("v2-lite", 1000), ("pocket", 2048))
 
@@ -112,7 +113,7 @@ def check_quantise(quantise: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> 
             return Feedback(False, f"{call} changed x itself. Work on a copy: the cache may hold x too.")
         if wrong := _misrounded(*answer, x, most):
             return Feedback(False, f"{call}: {wrong}.")
-    return Feedback(True, f"Right at {', '.join(map(str, BITS))} bits. `Codes` in formats.py does the same, and packs.")
+    return Feedback(True, f"Right at {', '.join(map(str, BITS))} bits. `Codes` in codec.py does the same, and packs.")
 
 
 def _misrounded(codes: Tensor, scale: Tensor, x: Tensor, most: int) -> str | None:
@@ -192,7 +193,7 @@ def check_pack_five(pack_five: Callable[[Sequence[int]], Iterable[int]]) -> Feed
         if found != right:
             said = f"{call} returned {found}; expected {right}"
             return Feedback(False, f"{said}: {_mispacked(found, codes)}.{_so_far(done, len(FIVE))}")
-    return Feedback(True, f"All {len(FIVE)} are right. `pack_bits` in formats.py does it to a whole cache at once.")
+    return Feedback(True, f"All {len(FIVE)} are right. `pack_bits` in codec.py does it to a whole cache at once.")
 
 
 def _mispacked(found: list[int], codes: Sequence[int]) -> str:

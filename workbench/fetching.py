@@ -1,0 +1,167 @@
+"""Fetching: the experts that one layer needs in one pass, brought in while those that are near are computed."""
+
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from workbench.errors import CheckpointError
+from workbench.slots import Slots
+from workbench.transfers import Visit
+
+if TYPE_CHECKING:
+    from workbench.offloaded import Offloaded
+
+
+class Fetching:
+    """One visit to an Offloaded store. Keys are MoE layer number x experts + expert.
+
+    An expert goes through `unread`, `reading`, `behind` (in main memory behind the device), `ready`; one that is nearer
+    skips what it has behind it. A guard keeps its slots from being given away until its wave has been computed.
+    """
+
+    def __init__(self, store: "Offloaded", layer: int, ids: torch.Tensor):
+        self.store, self.layer, self.ids, self.device = store, layer, ids.cpu(), ids.device
+        experts, times = self.ids.unique(return_counts=True)
+        self.first = store.place[layer] * store.experts
+        self.keys, self.times = experts.numpy() + self.first, times.numpy()
+        self.unread: deque[int] = deque()
+        self.reading: dict[Future, int] = {}
+        self.behind: dict[int, ExitStack] = {}
+        self.ready: deque[tuple[Slots, np.ndarray, ExitStack]] = deque()
+        self.current = ExitStack()
+        self.waited, self.near, self.far, self.computed_far, self.early = 0.0, 0, 0, 0, 0
+
+    def begin(self) -> None:
+        """Sees what is where, and starts to read what is only on the shelf."""
+        store = self.store
+        self._take_early()
+        for times in np.unique(self.times):
+            store.worth.use(self.keys[self.times == times], store.passes, float(times))
+        here = store.near.find(self.keys) >= 0
+        self.near = int(here.sum())
+        if self.near:
+            self._make_ready(store.near, self.keys[here])
+        coming = set(self.reading.values())
+        for key in self.keys[~here].tolist():
+            if store.far is not None and store.far.find(np.array([key]))[0] >= 0:
+                self.behind[key] = self._guard(store.far, [key])
+            elif key not in coming:
+                self.unread.append(key)
+        self.far = len(self.behind)
+        self._read()
+
+    def wave(self) -> tuple[Slots, np.ndarray] | None:
+        """The next experts to compute, and the slots they are in. The ones before have been computed."""
+        self.current.close()
+        self._read()
+        if not self.ready and not self.behind:
+            self._await()
+        if not self.ready and self.behind:
+            self._bring()
+        if not self.ready:
+            return None
+        source, keys, self.current = self.ready.popleft()
+        return source, keys
+
+    def choices(self, source: Slots, keys: np.ndarray) -> torch.Tensor:
+        """The slot of every choice [N, K] that is among these experts, -1 for the others."""
+        table = torch.full((self.store.experts,), -1)
+        table[torch.from_numpy(keys - self.first)] = torch.from_numpy(source.slot_of[keys])
+        return table[self.ids].to(self.device)
+
+    def end(self) -> None:
+        """However it ends: nothing stays guarded, and what is still being read is waited for."""
+        self.current.close()
+        for *_, guard in self.ready:
+            guard.close()
+        for guard in self.behind.values():
+            guard.close()
+        wait(self.reading)
+        for future, key in self.reading.items():
+            self._landed(key, future)
+
+    def seen(self) -> Visit:
+        needed = len(self.keys)
+        return Visit(
+            self.store.passes, self.layer, len(self.ids), needed, self.near, self.far, needed - self.near - self.far,
+            self.computed_far, self.early, self.waited,
+        )  # fmt: skip
+
+    def _take_early(self) -> None:
+        """What was read ahead: that of this layer is awaited with the rest, that of others taken in if it is there."""
+        mine = set(self.keys.tolist())
+        for key, future in list(self.store.early.items()):
+            if future.done() or key in mine:
+                del self.store.early[key]
+                self.early += key in mine
+                if future.done():
+                    self._landed(key, future)
+                else:
+                    self.reading[future] = key
+
+    def _landed(self, key: int, future: Future) -> None:
+        """Takes in what nobody computes now. One that failed is read again when it is asked for, and fails then."""
+        try:
+            self.store.landed(key, future)
+        except CheckpointError:
+            return
+
+    def _read(self) -> None:
+        while self.unread and self.store.landing.spare:
+            key = self.unread.popleft()
+            self.reading[self.store.fetch(key)] = key
+
+    def _await(self) -> None:
+        """Waits for at least one read. CheckpointError where it failed."""
+        if not self.reading:
+            return
+        started = perf_counter()
+        done, _ = wait(self.reading, return_when=FIRST_COMPLETED)
+        self.waited += perf_counter() - started
+        keys = []
+        for future in done:
+            key = self.reading.pop(future)
+            self.store.landed(key, future)
+            keys.append(key)
+        if self.store.far is None:
+            self._make_ready(self.store.near, np.array(keys))
+        else:
+            self.behind |= {key: self._guard(self.store.far, [key]) for key in keys}
+
+    def _bring(self) -> None:
+        """From main memory to the device; or they are computed in main memory, the ones least worth a place near."""
+        store = self.store
+        keys = sorted(self.behind, key=lambda key: store.worth.value[key])
+        there = store.link.split(len(keys)) if len(self.ids) == 1 else 0
+        stay, go = keys[:there], keys[there:][::-1][: store.near.spare]
+        if go:
+            slots = [store.near.claim(key) for key in go]  # loading: none of them is given away for the next
+            pairs = [(store.far.slab[store.far.slot_of[key]], store.near.slab[slot]) for key, slot in zip(go, slots)]
+            copied = store.link.copy(pairs)
+            for key in go:
+                store.near.loaded(key)
+        if stay:
+            guard = ExitStack()
+            for key in stay:
+                guard.push(self.behind.pop(key))
+            self.ready.append((store.far, np.array(stay), guard))
+            self.computed_far += len(stay)
+        if go:
+            guard = self._guard(store.near, go)
+            for key in go:
+                guard.push(self.behind.pop(key))
+            guard.callback(copied)
+            self.ready.append((store.near, np.array(go), guard))
+
+    def _make_ready(self, source: Slots, keys: np.ndarray) -> None:
+        self.ready.append((source, keys, self._guard(source, keys)))
+
+    def _guard(self, source: Slots, keys: np.ndarray | list[int]) -> ExitStack:
+        guard = ExitStack()
+        guard.enter_context(source.using(source.slot_of[keys]))
+        return guard

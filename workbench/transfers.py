@@ -1,0 +1,66 @@
+"""Transfers: what an offloaded store did, visit by visit. A visit is one MoE layer in one forward pass."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+COLUMNS = ("moving", "layer", "tokens", "needed", "near", "far", "disk", "computed_far", "early", "waited")
+NEAR, FAR, DISK, MOVING = 0, 1, 2, 3  # where an expert is
+
+
+class Visit(NamedTuple):
+    """needed experts, of which `near` were in the slots that compute, `far` in host memory behind them, and `disk` had
+    to be read; computed_far: of those in host memory, multiplied there; early: had been read ahead; waited: seconds.
+    """
+
+    moving: int
+    layer: int
+    tokens: int
+    needed: int
+    near: int
+    far: int
+    disk: int
+    computed_far: int
+    early: int
+    waited: float
+
+
+class Transfers:
+    """Every visit and every expert it asked for, in order, as arrays that grow by doubling."""
+
+    def __init__(self):
+        self.visits = 0
+        self._rows = np.zeros((256, len(COLUMNS)))
+        self._keys = np.zeros(2048, dtype=np.int32)
+        self._of = np.zeros(2048, dtype=np.int32)
+        self.asked = 0
+
+    def add(self, visit: Visit, keys: np.ndarray) -> None:
+        if self.visits == len(self._rows):
+            self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        while self.asked + len(keys) > len(self._keys):
+            self._keys = np.concatenate([self._keys, np.zeros_like(self._keys)])
+            self._of = np.concatenate([self._of, np.zeros_like(self._of)])
+        self._rows[self.visits] = visit
+        self._keys[self.asked : self.asked + len(keys)] = keys
+        self._of[self.asked : self.asked + len(keys)] = self.visits
+        self.visits += 1
+        self.asked += len(keys)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """[visits, columns], see COLUMNS. A view of what there is now: another thread may look while it grows."""
+        return self._rows[: self.visits]
+
+    @property
+    def accesses(self) -> tuple[np.ndarray, np.ndarray]:
+        """For every expert asked for: the number of the visit, and its key, MoE layer number x experts + expert."""
+        return self._of[: self.asked], self._keys[: self.asked]
+
+    def since(self, visit: int) -> np.ndarray:
+        """The rows from that visit on."""
+        return self._rows[visit : self.visits]
+
+    @property
+    def nbytes(self) -> int:
+        return self._rows.nbytes + self._keys.nbytes + self._of.nbytes
