@@ -38,7 +38,7 @@ A row is summed in one order whatever the number of threads. Functions return 0,
 typedef struct {
     const uint8_t *codes, *part;
     const uint16_t *whole;
-    int64_t width, bits, group;
+    int64_t count, width, bits, group; /* count rows of that width */
 } Matrix;
 
 typedef struct { /* tokens of a width, quantised for a number of bits */
@@ -232,62 +232,77 @@ static Inputs every_input(Inputs in, int64_t first, int64_t step) {
 }
 
 #if VNNI
-/* y[t * stride + row] for `tokens` tokens from number t on. bits and tokens are constants: this is unrolled for each. */
-ALWAYS void rows_vnni(const int bits, const int tokens, const Matrix *m, const Inputs *in, int64_t t, int64_t from,
-                      int64_t to, float *y, int64_t stride) {
-    const int pairs = bits <= 4, load = bits * (pairs ? 16 : 8);
+/* y[t * stride + row] for `tokens` tokens from number t on. bits, tokens and careful are constants: this is written out
+for each. Loads are of 64 bytes of codes and of 16 part scales. What they read beyond a row meets activations and scales
+that are 0; not to read beyond the matrix too, its last rows are read with a mask, which takes twice the time. */
+ALWAYS void row_vnni(const int bits, const int tokens, const int careful, const Matrix *m, const Inputs *in, int64_t t,
+                     int64_t row, float *y, int64_t stride) {
+    const int pairs = bits <= 4;
     const __m512i mask = _mm512_set1_epi8((1 << bits) - 1), zero = _mm512_setzero_si512();
     const int64_t bytes = row_bytes(m), groups = upto(m->width, GROUP), each = in->padded / GROUP;
-    const float most_part = m->part ? 1 / 255.0f : 1.0f;
-    for (int64_t row = from; row < to; row++) {
-        const uint8_t *codes = m->codes + row * bytes, *part = m->part ? m->part + row * groups : NULL;
-        __m512 sum[4];
-        for (int k = 0; k < tokens; k++)
-            sum[k] = _mm512_setzero_ps();
-        for (int64_t block = 0; block < groups; block += 16) { /* the scales of 16 groups fill a register */
-            const int64_t left = least(16, groups - block);
-            const __m512 parts = part ? _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(
-                                            (1 << left) - 1, part + block)))
-                                      : _mm512_set1_ps(1);
-            __m512 scale[4];
-            for (int k = 0; k < tokens; k++) {
-                const int64_t at = (t + k) * in->step * each + block;
-                scale[k] = _mm512_mul_ps(parts, _mm512_loadu_ps(in->scale + at));
-                sum[k] = _mm512_fmadd_ps(parts, _mm512_loadu_ps(in->shift + at), sum[k]);
-            }
-            __m512i lane = pairs ? _mm512_mask_blend_epi32(0xff00, zero, _mm512_set1_epi32(1)) : zero;
-            for (int64_t g = 0; g < left; g += 1 + pairs) {
-                const int64_t start = (block + g) * 8 * bits;
-                __m512i v = _mm512_maskz_loadu_epi8(first_bytes(least(load, bytes - start)), codes + start), odd = zero;
-                _mm_prefetch((const char *)codes + start + AHEAD, _MM_HINT_T0);
-                if (bits == 4) {
-                    odd = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-                    v = _mm512_and_si512(v, mask);
-                } else if (pairs) {
-                    v = _mm512_permutexvar_epi8(every(2 * bits, 0, 0), v);
-                    odd = _mm512_and_si512(_mm512_multishift_epi64_epi8(every(0, bits, 2 * bits), v), mask);
-                    v = _mm512_and_si512(_mm512_multishift_epi64_epi8(every(0, 0, 2 * bits), v), mask);
-                } else {
-                    v = spread(bits, v);
-                }
-                for (int k = 0; k < tokens; k++) {
-                    const int8_t *q = in->q + (t + k) * in->step * 2 * in->padded + (block + g) * 2 * GROUP;
-                    __m512i dot = _mm512_dpbusd_epi32(zero, v, _mm512_loadu_si512(q));
-                    if (pairs)
-                        dot = _mm512_dpbusd_epi32(dot, odd, _mm512_loadu_si512(q + 64));
-                    dot = _mm512_slli_epi32(dot, 8);
-                    dot = _mm512_dpbusd_epi32(dot, v, _mm512_loadu_si512(q + (pairs ? 128 : 64)));
-                    if (pairs)
-                        dot = _mm512_dpbusd_epi32(dot, odd, _mm512_loadu_si512(q + 192));
-                    sum[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lane, scale[k]), sum[k]);
-                }
-                lane = _mm512_add_epi32(lane, _mm512_set1_epi32(1 + pairs));
-            }
+    const uint8_t *codes = m->codes + row * bytes, *part = m->part + row * groups;
+    __m512 sum[4];
+    for (int k = 0; k < tokens; k++)
+        sum[k] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < groups; block += 16) { /* the scales of 16 groups fill a register */
+        const int64_t left = least(16, groups - block);
+        const __m512 parts = !m->part ? _mm512_set1_ps(1)
+                                      : _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+                                            careful ? _mm_maskz_loadu_epi8((1 << left) - 1, part + block)
+                                                    : _mm_loadu_si128((const __m128i *)(part + block))));
+        __m512 scale[4];
+        const int8_t *q[4];
+        for (int k = 0; k < tokens; k++) {
+            const int64_t token = (t + k) * in->step;
+            q[k] = in->q + token * 2 * in->padded + block * 2 * GROUP;
+            scale[k] = _mm512_mul_ps(parts, _mm512_loadu_ps(in->scale + token * each + block));
+            sum[k] = _mm512_fmadd_ps(parts, _mm512_loadu_ps(in->shift + token * each + block), sum[k]);
         }
-        const float whole = half(m->whole[row]) * most_part;
-        for (int k = 0; k < tokens; k++)
-            y[(t + k) * stride + row] = _mm512_reduce_add_ps(sum[k]) * whole;
+        __m512i lane = pairs ? _mm512_mask_blend_epi32(0xff00, zero, _mm512_set1_epi32(1)) : zero;
+#pragma GCC unroll 8
+        for (int64_t g = 0; g < left; g += 1 + pairs) {
+            const int64_t start = (block + g) * 8 * bits;
+            __m512i v = careful ? _mm512_maskz_loadu_epi8(first_bytes(bytes - start), codes + start)
+                                : _mm512_loadu_si512(codes + start);
+            __m512i odd = zero;
+            _mm_prefetch((const char *)codes + start + AHEAD, _MM_HINT_T0);
+            if (bits == 4) {
+                odd = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+                v = _mm512_and_si512(v, mask);
+            } else if (pairs) {
+                v = _mm512_permutexvar_epi8(every(2 * bits, 0, 0), v);
+                odd = _mm512_and_si512(_mm512_multishift_epi64_epi8(every(0, bits, 2 * bits), v), mask);
+                v = _mm512_and_si512(_mm512_multishift_epi64_epi8(every(0, 0, 2 * bits), v), mask);
+            } else {
+                v = spread(bits, v);
+            }
+            for (int k = 0; k < tokens; k++) {
+                const int8_t *at = q[k] + g * 2 * GROUP;
+                __m512i dot = _mm512_dpbusd_epi32(zero, v, _mm512_loadu_si512(at));
+                if (pairs)
+                    dot = _mm512_dpbusd_epi32(dot, odd, _mm512_loadu_si512(at + 64));
+                dot = _mm512_slli_epi32(dot, 8);
+                dot = _mm512_dpbusd_epi32(dot, v, _mm512_loadu_si512(at + (pairs ? 128 : 64)));
+                if (pairs)
+                    dot = _mm512_dpbusd_epi32(dot, odd, _mm512_loadu_si512(at + 192));
+                sum[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(lane, scale[k]), sum[k]);
+            }
+            lane = _mm512_add_epi32(lane, _mm512_set1_epi32(1 + pairs));
+        }
     }
+    const float whole = half(m->whole[row]) * (m->part ? 1 / 255.0f : 1.0f);
+    for (int k = 0; k < tokens; k++)
+        y[(t + k) * stride + row] = _mm512_reduce_add_ps(sum[k]) * whole;
+}
+
+ALWAYS void rows_vnni(const int bits, const int tokens, const Matrix *m, const Inputs *in, int64_t t, int64_t from,
+                      int64_t to, float *y, int64_t stride) {
+    const int64_t last = upto(64, row_bytes(m)), last_parts = m->part ? upto(16, row_groups(m)) : 0;
+    const int64_t careful = m->count - (last > last_parts ? last : last_parts);
+    for (; from < least(to, careful); from++)
+        row_vnni(bits, tokens, 0, m, in, t, from, y, stride);
+    for (; from < to; from++)
+        row_vnni(bits, tokens, 1, m, in, t, from, y, stride);
 }
 
 #define TOKENS(bits) \
@@ -332,13 +347,14 @@ static void rows(const Matrix *m, const Inputs *in, int64_t n, int64_t from, int
 
 /* ---- what is called ---- */
 
-#define MATRIX const uint8_t *codes, const uint8_t *part, const uint16_t *whole, int64_t width, int64_t bits, int64_t group
-#define AS_MATRIX {codes, part, whole, width, bits, group}
+#define MATRIX const uint8_t *codes, const uint8_t *part, const uint16_t *whole, int64_t count, int64_t width, int64_t bits, \
+               int64_t group
+#define AS_MATRIX {codes, part, whole, count, width, bits, group}
 
 int packed_vnni(void) { return VNNI; }
 
 /* y [n, count] = x [n, width] by a matrix [count, width] */
-int packed_matvec(MATRIX, int64_t count, const float *x, int64_t n, float *y, int threads) {
+int packed_matvec(MATRIX, const float *x, int64_t n, float *y, int threads) {
     const Matrix m = AS_MATRIX;
     Inputs in;
     if (open_inputs(&m, x, n, &in))
@@ -354,7 +370,7 @@ int packed_matvec(MATRIX, int64_t count, const float *x, int64_t n, float *y, in
 }
 
 /* Rows of a matrix [count, width] as fp32, or as bf16. */
-int packed_unpack(MATRIX, int64_t count, void *out, int bf16, int threads) {
+int packed_unpack(MATRIX, void *out, int bf16, int threads) {
     const Matrix m = AS_MATRIX;
 #pragma omp parallel for num_threads(threads) if (count * width > 4 * CHUNK)
     for (int64_t row = 0; row < count; row++)
@@ -374,22 +390,22 @@ int packed_unpack(MATRIX, int64_t count, void *out, int bf16, int threads) {
 }
 
 /* y [n, heads, width]: sum over i < size of x [n, heads, size] times row h * stride + first + i */
-int packed_lift(MATRIX, int64_t heads, int64_t stride, int64_t first, int64_t size, const float *x, int64_t n, float *y,
+int packed_lift(MATRIX, int64_t heads, int64_t first, int64_t size, const float *x, int64_t n, float *y,
                 int threads) {
     const Matrix m = AS_MATRIX;
-    const int64_t pieces = upto(width, PIECE / 2);
+    const int64_t stride = count / heads, pieces = upto(width, PIECE / 2);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (heads * size * width > CHUNK)
     for (int64_t task = 0; task < heads * pieces; task++) {
-        const int64_t h = task / pieces, at = task % pieces * (PIECE / 2), count = least(PIECE / 2, width - at);
+        const int64_t h = task / pieces, at = task % pieces * (PIECE / 2), some = least(PIECE / 2, width - at);
         float weights[PIECE / 2];
         for (int64_t t = 0; t < n; t++)
-            memset(y + (t * heads + h) * width + at, 0, count * sizeof(float));
+            memset(y + (t * heads + h) * width + at, 0, some * sizeof(float));
         for (int64_t i = 0; i < size; i++) {
-            unpack_piece(&m, h * stride + first + i, at, count, weights);
+            unpack_piece(&m, h * stride + first + i, at, some, weights);
             for (int64_t t = 0; t < n; t++) {
                 const float factor = x[(t * heads + h) * size + i];
                 float *restrict out = y + (t * heads + h) * width + at;
-                for (int64_t c = 0; c < count; c++)
+                for (int64_t c = 0; c < some; c++)
                     out[c] += factor * weights[c];
             }
         }
@@ -398,10 +414,11 @@ int packed_lift(MATRIX, int64_t heads, int64_t stride, int64_t first, int64_t si
 }
 
 /* y [n, heads, size]: x [n, heads, width] by rows h * stride + first + i, i < size */
-int packed_lower(MATRIX, int64_t heads, int64_t stride, int64_t first, int64_t size, const float *x, int64_t n, float *y,
+int packed_lower(MATRIX, int64_t heads, int64_t first, int64_t size, const float *x, int64_t n, float *y,
                  int threads) {
     Inputs in;
     const Matrix all = AS_MATRIX;
+    const int64_t stride = count / heads;
     if (open_inputs(&all, x, n * heads, &in))
         return 1;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (heads * size * width > CHUNK)
@@ -411,7 +428,7 @@ int packed_lower(MATRIX, int64_t heads, int64_t stride, int64_t first, int64_t s
         for (int64_t t = 0; t < n; t++)
             quantise(&all, &in, t * heads + h);
         const Matrix m = {codes + row * row_bytes(&all), part ? part + row * row_groups(&all) : NULL, whole + row,
-                          width, bits, group};
+                          count - row, width, bits, group};
         rows(&m, &own, n, 0, size, y + h * size, heads * size);
     }
     free(in.q);

@@ -217,7 +217,7 @@ def test_a_searched_scale_is_never_worse_than_the_one_that_holds_the_largest(mon
     x = vectors("heavy tails", 512)
     searched, plain = [], []
     for errors, steps in ((searched, STEPS), (plain, (1.0,))):
-        monkeypatch.setattr(formats, "STEPS", steps)
+        monkeypatch.setattr(codecs, "STEPS", steps)
         for codec in (Groups(5), Groups(4)):
             errors.append((codec.unpack(codec.pack(x), 512) - x).square().sum(-1))
     assert (torch.stack(searched) <= torch.stack(plain)).all()

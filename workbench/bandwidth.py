@@ -44,9 +44,9 @@ class Rate:
         return f"{self.median / GB:.3g} GB/s, {low:.3g} to {high:.3g} in {len(self.readings)} readings"
 
 
-def fastest(rates: tuple[Rate, ...]) -> Rate:
-    """The way with the highest median."""
-    return max(rates, key=lambda rate: rate.median)
+def fastest(rates: tuple[Rate, ...]) -> Rate | None:
+    """The one with the highest median; None of none."""
+    return max(rates, key=lambda rate: rate.median, default=None)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class Measured:
     device: str
     torch: str
     package: str
+
+    def reading(self, device: str) -> Rate | None:
+        """Of the memory of "cpu" or "cuda"; None where it was not measured."""
+        return fastest(self.memory) if device == "cpu" else self.device_memory
 
     def lines(self) -> list[tuple[str, str]]:
         """Name and finding of each rate."""

@@ -21,6 +21,7 @@ from workbench.config import Config
 from workbench.errors import CheckpointError
 from workbench.model import Model
 from workbench.shards import INDEX, SINGLE, inspect, some
+from workbench.weights import Plain
 
 COPIED = (
     "tokenizer.json",
@@ -33,7 +34,7 @@ COPIED = (
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-class Safetensors:
+class Safetensors(Plain):
     """A Source over a checkpoint directory, or over one .safetensors file.
 
     Everything that can be wrong with the files is found here, before a tensor is read. dtype "auto" is what config.json
@@ -81,7 +82,7 @@ class Safetensors:
         return f"It holds {len(self.stored)} tensors: {some(sorted(self.stored), 3)}."
 
 
-class Random:
+class Random(Plain):
     """A Source of normal noise, and of ones for the weights of norms.
 
     A tensor depends on its name and the seed alone, so neither order, device nor the rest of the model change it. `std`

@@ -107,7 +107,7 @@ def _fill(file: int, goal: int, least: int) -> int:
     """Bytes that nothing below can compress or guess, on the disk when this returns; fewer where it is slow."""
     size, end = 0, time.perf_counter() + WRITE_SECONDS
     while size < least or (size < goal and time.perf_counter() < end):
-        size += os.write(file, random.randbytes(min(16 * MIB, goal - size)))
+        size += os.write(file, os.urandom(min(16 * MIB, goal - size)))
         os.fdatasync(file)
     return size
 

@@ -18,7 +18,7 @@ from workbench.errors import WorkbenchError
 
 OK, WARN, FAIL = STATES = ("ok", "warn", "fail")
 GB = 1e9
-WIDTHS = (16, 4 + 8 / 64)  # bits of a weight: bf16, and int4 with an 8-bit scale for every 64
+WIDTHS = {"bf16": 16, "4.13 bits": 4.13}  # of a weight; the second is int4 with its scales
 MEASURE = "workbench doctor --measure, once: it takes half a minute and is kept"
 
 
@@ -283,17 +283,15 @@ def _expectations() -> Iterator[Check]:
         measured = bandwidth.saved()
     except WorkbenchError as error:
         yield Check(section, "measurement", WARN, str(error), MEASURE)
-    rates = () if measured is None else measured.memory if device == "cpu" else measured.device_memory
+    reading = disk = None
     if measured is not None:
-        yield Check(section, "measured", OK, measured.how)
+        reading, disk = measured.reading(device), bandwidth.fastest(measured.disk)
         yield from (Check(section, name, OK, found) for name, found in measured.lines())
-    if rates:
-        speed = bandwidth.fastest(rates).median
-    else:
-        speed = bandwidth.glance(device)
-        found = f"{speed / GB:.0f} GB/s read from {where}, measured just now"
-        yield Check(section, "bandwidth", OK, found, MEASURE)
-    disk = bandwidth.fastest(measured.disk).median if measured is not None and measured.disk else None
+        yield Check(section, "measured", OK, measured.how)
+    speed = bandwidth.glance(device) if reading is None else reading.median
+    if reading is None:
+        yield Check(section, "bandwidth", OK, f"{speed / GB:.0f} GB/s read from {where}, measured just now", MEASURE)
+    means = Means(where, room, speed, None if disk is None else disk.median)
     for name, title in (("pocket", "pocket"), ("v2-lite", "V2-Lite, 16B"), ("v2", "V2, 236B")):
         config = Config.preset(name)
         total, active = config.parameters()
@@ -302,27 +300,28 @@ def _expectations() -> Iterator[Check]:
             found = f"yes: {2 * total / GB:.2f} GB of weights in bf16"
             yield Check(section, title, OK, f"{found}; bound by the overhead of each step, not by bandwidth")
             continue
-        for bits in WIDTHS:
-            yield _expectation(section, title, bits, total, active, (where, room, speed), disk)
+        for width, bits in WIDTHS.items():
+            name = title if width == "bf16" else f"{title.split(',')[0]}, {width}"
+            yield _expectation(section, name, total * bits / 8, active * bits / 8, width, means)
 
 
-def _expectation(
-    section: str, title: str, bits: float, total: int, active: int, memory: tuple[str, float, float], disk: float | None
-) -> Check:
-    """Of a model with so many weights, so many of which are read a token; `disk`: bytes per second, None if unknown."""
-    where, room, speed = memory
-    width = "bf16" if bits == 16 else f"{bits:.2f} bits"
-    size, read = total * bits / 8, active * bits / 8
+class Means(NamedTuple):
+    """Where weights go: the bytes free there, and bytes per second from there and from the disk (None: unknown)."""
+
+    where: str
+    room: float
+    speed: float
+    disk: float | None
+
+
+def _expectation(section: str, title: str, size: float, read: float, width: str, means: Means) -> Check:
+    """Of a model of `size` bytes, `read` of them a token."""
     needs = f"{size / GB:.2f} GB of weights in {width}"
-    title = title if bits == 16 else f"{title.split(',')[0]}, {width}"
-    if size <= room:
-        found = f"{needs}, {read / GB:.1f} GB read a token: at most {speed / read:.1f} tokens/s"
-        return Check(section, title, OK, f"{'yes' if speed / read > 10 else 'slowly'}: {found}")
-    found, remedy = f"no: {needs}, {room / GB:.0f} GB of {where} free", f"a machine with {size * 1.1 / GB:.0f} GB"
-    if disk is not None:
-        found += f"; all {read / GB:.1f} GB of a token read from disk: {_rate(disk / read)}"
-    return Check(section, title, WARN, found, remedy)
-
-
-def _rate(tokens: float) -> str:
-    return f"{tokens:.2g} tokens/s" if tokens >= 1 else f"{1 / tokens:.1f} s a token"
+    if size <= means.room:
+        speed = means.speed / read
+        found = f"{needs}, {read / GB:.1f} GB read a token: at most {speed:.1f} tokens/s"
+        return Check(section, title, OK, f"{'yes' if speed > 10 else 'slowly'}: {found}")
+    found = f"no: {needs}, {means.room / GB:.0f} GB of {means.where} free"
+    if means.disk is not None:
+        found += f"; {read / means.disk:.1f} s a token if all {read / GB:.1f} GB of it are read from disk"
+    return Check(section, title, WARN, found, f"a machine with {size * 1.1 / GB:.0f} GB")

@@ -1,4 +1,4 @@
-"""The compiled kernel for packed weights: kernels/packed.c, built once on this machine, loaded, and called with tensors.
+"""The compiled kernel for packed weights: kernels/packed.c, built once on a machine, loaded, called with tensors.
 
 Without a compiler, or where what it built does not load or does not count right, there is no kernel, and a reason.
 """
@@ -26,13 +26,14 @@ FLAGS = ("-O3", "-march=native", "-fPIC", "-fno-math-errno")
 PATIENCE = 120  # seconds for the compiler
 DIGEST = 32  # bytes after the library: SHA-256 of what comes before
 
-_MATRIX = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64)  # codes, part, whole, width, bits, group
+_MATRIX = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64)
+_NAMES = ("codes", "part", "whole", "count", "width", "bits", "group")
 _SIGNATURES = {
     "packed_vnni": (),
-    "packed_matvec": (*_MATRIX, c_int64, c_void_p, c_int64, c_void_p, c_int),
-    "packed_unpack": (*_MATRIX, c_int64, c_void_p, c_int, c_int),
-    "packed_lift": (*_MATRIX, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int),
-    "packed_lower": (*_MATRIX, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int),
+    "packed_matvec": (*_MATRIX, c_void_p, c_int64, c_void_p, c_int),
+    "packed_unpack": (*_MATRIX, c_void_p, c_int, c_int),
+    "packed_lift": (*_MATRIX, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int),
+    "packed_lower": (*_MATRIX, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int),
     "packed_experts": (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int),
 }
 
@@ -41,7 +42,7 @@ class _Stack(ctypes.Structure):
     """`Stack` of packed.c."""
 
     _fields_ = [
-        *zip(("codes", "part", "whole", "width", "bits", "group"), _MATRIX),
+        *zip(_NAMES, _MATRIX),
         *((name, c_int64) for name in ("codes_step", "part_step", "whole_step")),
     ]
 
@@ -75,11 +76,7 @@ class Kernel:
         out = x.new_empty(n, out_features)
         arguments = _matrix(codec, parts, width, out_features)
         if n:
-            _done(
-                self._library.packed_matvec(
-                    *arguments, out_features, x.data_ptr(), n, out.data_ptr(), torch.get_num_threads()
-                )
-            )
+            _done(self._library.packed_matvec(*arguments, x.data_ptr(), n, out.data_ptr(), torch.get_num_threads()))
         return out
 
     def unpack(self, codec: Codec, parts: Parts, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -90,7 +87,7 @@ class Kernel:
         count = out.numel() // width
         arguments = _matrix(codec, parts, width, count)
         bf16 = dtype == torch.bfloat16
-        _done(self._library.packed_unpack(*arguments, count, out.data_ptr(), bf16, torch.get_num_threads()))
+        _done(self._library.packed_unpack(*arguments, out.data_ptr(), bf16, torch.get_num_threads()))
         return out
 
     def lift(
@@ -105,7 +102,7 @@ class Kernel:
         arguments = _matrix(codec, parts, width, heads * stride)
         x_at, out_at = x.data_ptr(), out.data_ptr()
         threads = torch.get_num_threads()
-        _done(self._library.packed_lift(*arguments, heads, stride, first, size, x_at, n, out_at, threads))
+        _done(self._library.packed_lift(*arguments, heads, first, size, x_at, n, out_at, threads))
         return out
 
     def lower(self, x: torch.Tensor, codec: Codec, parts: Parts, stride: int, first: int = 0) -> torch.Tensor:
@@ -121,7 +118,7 @@ class Kernel:
         arguments = _matrix(codec, parts, width, heads * stride)
         x_at, out_at = x.data_ptr(), out.data_ptr()
         threads = torch.get_num_threads()
-        _done(self._library.packed_lower(*arguments, heads, stride, first, size, x_at, n, out_at, threads))
+        _done(self._library.packed_lower(*arguments, heads, first, size, x_at, n, out_at, threads))
         return out
 
     def experts(self, x: torch.Tensor, gate_up: Matrix, down: Matrix, slots: list[int]) -> torch.Tensor:
@@ -274,7 +271,7 @@ def _matrix(codec: Codec, parts: Parts, width: int, rows: int) -> tuple:
                 f"it is {part.dtype} {list(part.shape)}, strides {part.stride()}."
             )
     at = [part.data_ptr() for part in parts]
-    return at[0], at[1] if len(at) == 3 else None, at[-1], width, bits, group
+    return at[0], at[1] if len(at) == 3 else None, at[-1], rows, width, bits, group
 
 
 def _stack(matrix: Matrix) -> _Stack:
@@ -290,7 +287,7 @@ def _stack(matrix: Matrix) -> _Stack:
         steps.append(slot * part.element_size())
     at = [part.data_ptr() for part in matrix.parts]
     middle = (at[1], steps[1]) if len(at) == 3 else (None, 0)
-    return _Stack(at[0], middle[0], at[-1], matrix.width, bits, group, steps[0], middle[1], steps[-1])
+    return _Stack(at[0], middle[0], at[-1], matrix.shape[1], matrix.width, bits, group, steps[0], middle[1], steps[-1])
 
 
 def _check_input(x: torch.Tensor, dims: int) -> None:

@@ -168,4 +168,3 @@ class Offloaded:
         for key in keys[: min(self.ahead, max(0, room))].tolist():
             if self.near.slot_of[key] < 0 and self.landing.slot_of[key] < 0:
                 self.early[key] = self.fetch(key)
-

@@ -1,7 +1,6 @@
 """The tensors of a checkpoint's safetensors files: where each one's bytes are, known to be whole before any is read."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,9 @@ FLOATS = {
 }
 
 
+DTYPES = FLOATS | {"U8": torch.uint8}  # codes, in packed checkpoints
+
+
 class Stored(NamedTuple):
     """One tensor in a file: its bytes are [start, start + nbytes) of the file."""
 
@@ -31,6 +33,10 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+    @property
+    def type(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
     def read(self) -> torch.Tensor:
         """The tensor as it is stored, in memory of its own.
@@ -48,7 +54,7 @@ class Stored(NamedTuple):
             raise CheckpointError(f"{self.file}: reading failed ({error}). Check the disk, or copy it again.") from None
         if found != self.nbytes:
             raise CheckpointError(f"{self.file}: it became shorter while it was read. Download it again.")
-        return raw.view(FLOATS[self.dtype]).view(self.shape)
+        return raw.view(self.type).view(self.shape)
 
 
 def inspect(path: Path) -> dict[str, Stored]:
@@ -71,7 +77,7 @@ def inspect(path: Path) -> dict[str, Stored]:
         )
     stored: dict[str, Stored] = {}
     for file in files:
-        for name, tensor in _read_header(file):
+        for name, tensor in _plain_tensors(file).items():
             if name in stored:
                 raise CheckpointError(
                     f"{file}: {name} is also in {stored[name].file.name}. Shards of different downloads are mixed: "
@@ -111,33 +117,44 @@ def _read_index(file: Path) -> dict[str, str]:
     return shard_of
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, Stored]]:
-    """The tensors of one file. The library checks the format: header, offsets, and that the file is as long as both."""
+def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of one file, in the order of their bytes, and its metadata. The library checks the format: header,
+    offsets, and that the file is as long as both.
+    """
     try:
         with safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
+        size = f" ({file.stat().st_size:,} bytes)" if file.is_file() else ""
         raise CheckpointError(
-            f"{file} ({file.stat().st_size:,} bytes) is not a whole safetensors file: {error}. It was cut short or "
+            f"{file}{size} is not a whole safetensors file: {error}. It was cut short or "
             "changed, or is a placeholder of Git LFS: download it again."
         ) from None
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    if any(name.endswith("weight_scale_inv") for name in header):
+    metadata = header.pop("__metadata__", None) or {}
+    stored = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        stored[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+    return stored, metadata
+
+
+def _plain_tensors(file: Path) -> dict[str, Stored]:
+    stored, _ = read_header(file)
+    if any(name.endswith("weight_scale_inv") for name in stored):
         raise CheckpointError(
             f"{file}: fp8 weights with scales (weight_scale_inv) are not supported yet. "
             "Dequantise them to bfloat16 first."
         )
-    for name, entry in header.items():
-        if entry["dtype"] not in FLOATS:
+    for name, tensor in stored.items():
+        if tensor.dtype not in FLOATS:
             raise CheckpointError(
-                f"{file}: {name} is stored as {entry['dtype']}; weights must be one of {', '.join(FLOATS)}. "
+                f"{file}: {name} is stored as {tensor.dtype}; weights must be one of {', '.join(FLOATS)}. "
                 "Is this a quantised checkpoint? Use the bfloat16 one."
             )
-        start, end = entry["data_offsets"]
-        yield name, Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+    return stored
 
 
 def some(names: list[str], limit: int) -> str:

@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from workbench.errors import RequestError
 from workbench.codec import STEPS, Codec, packed_width
+from workbench.errors import RequestError
 
 LEVELS = ("mid-tread", "mid-rise", "asymmetric", "Lloyd-Max")
 SCALES = ("fp16", "8 bit")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from workbench.cache import BLOCK, LatentCache
+from workbench.codec import pack_bits
 from workbench.config import Config
 from workbench.exercises.feedback import Feedback
-from workbench.codec import pack_bits
 from workbench.formats import CACHE_FORMATS, Row
 
 HELD = (("pocket", 640), ("pocket", 130), ("pocket", 1), ("pocket", 0), ("v2-lite", 1000), ("pocket", 2048))
