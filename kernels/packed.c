@@ -12,6 +12,8 @@ most 2^-16 of the largest in its 64. Elsewhere the rows are unpacked to fp32 and
 A row is summed in one order whatever the number of threads. Functions return 0, or 1 where there is no memory. */
 
 #include <math.h>
+#include <omp.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -345,6 +347,34 @@ static void rows(const Matrix *m, const Inputs *in, int64_t n, int64_t from, int
         }
 }
 
+/* ---- threads ---- */
+
+#define THREADS 64
+typedef struct { /* tasks 0, ..., count - 1: each thread has a run of them, as memory is read best in a row */
+    int64_t count, threads;
+    struct { _Alignas(64) _Atomic int64_t next; } at[THREADS];
+} Tasks;
+
+static void share(Tasks *tasks, int64_t count, int threads) {
+    tasks->count = count;
+    tasks->threads = threads;
+    for (int64_t k = 0; k < threads; k++)
+        tasks->at[k].next = count * k / threads;
+}
+
+/* A task of this thread's run, and when it is done one of another's, whose thread may be waiting for a processor. */
+static int64_t next_task(Tasks *tasks, int thread) {
+    for (int64_t k = 0; k < tasks->threads; k++) {
+        int64_t owner = (thread + k) % tasks->threads, end = tasks->count * (owner + 1) / tasks->threads;
+        if (tasks->at[owner].next < end) {
+            int64_t task = tasks->at[owner].next++;
+            if (task < end)
+                return task;
+        }
+    }
+    return -1;
+}
+
 /* ---- what is called ---- */
 
 #define MATRIX const uint8_t *codes, const uint8_t *part, const uint16_t *whole, int64_t count, int64_t width, int64_t bits, \
@@ -362,9 +392,11 @@ int packed_matvec(MATRIX, const float *x, int64_t n, float *y, int threads) {
     for (int64_t t = 0; t < n; t++)
         quantise(&m, &in, t);
     const int64_t chunk = chunk_rows(&m);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (count > chunk)
-    for (int64_t from = 0; from < count; from += chunk)
-        rows(&m, &in, n, from, least(count, from + chunk), y, count);
+    Tasks tasks;
+    share(&tasks, upto(count, chunk), threads);
+#pragma omp parallel num_threads(threads) if (count > chunk)
+    for (int64_t task; (task = next_task(&tasks, omp_get_thread_num())) >= 0;)
+        rows(&m, &in, n, task * chunk, least(count, (task + 1) * chunk), y, count);
     free(in.q);
     return 0;
 }
@@ -459,11 +491,13 @@ int packed_experts(const Stack *gate_up, const Stack *down, const int64_t *slots
     Inputs in = {0}, inner = {0};
     int failed = !middle || open_inputs(&gate_up->first, x, 1, &in) || open_inputs(&down->first, middle, count, &inner);
     if (!failed) {
+        Tasks first, second;
+        share(&first, count * up_chunks, threads);
+        share(&second, count * down_chunks, threads);
         quantise(&gate_up->first, &in, 0);
 #pragma omp parallel num_threads(threads)
         {
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < count * up_chunks; task++) {
+            for (int64_t task; (task = next_task(&first, omp_get_thread_num())) >= 0;) {
                 const int64_t k = task / up_chunks, from = task % up_chunks * up_chunk;
                 const int64_t to = least(width, from + up_chunk);
                 const Matrix m = pick(gate_up, slots[k]);
@@ -473,11 +507,11 @@ int packed_experts(const Stack *gate_up, const Stack *down, const int64_t *slots
                 for (int64_t i = from; i < to; i++)
                     gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
             }
+#pragma omp barrier
 #pragma omp for
             for (int64_t k = 0; k < count; k++)
                 quantise(&down->first, &inner, k);
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < count * down_chunks; task++) {
+            for (int64_t task; (task = next_task(&second, omp_get_thread_num())) >= 0;) {
                 const int64_t k = task / down_chunks, from = task % down_chunks * down_chunk;
                 const Matrix m = pick(down, slots[k]);
                 const Inputs own = every_input(inner, k, 1);

@@ -7,7 +7,7 @@ import torch
 from fake_bench import FakeBench
 from texts import TEXTS
 
-from workbench.checkpoint import open_model
+from workbench.opening import open_model
 from workbench.tokenizer import Tokenizer
 from workbench.train.vocabulary import train_tokenizer, write
 

@@ -21,13 +21,35 @@ FLOORS = {
     9: ["__main__", "doctor", "lab", "terminal", "recording", "replaying", "claims"],
     8: ["widgets", "exercises"],
     7: ["workbench", "session", "turns", "worker", "meter", "timeline", "evals", "train", "benchmarks"],
-    6: ["engine", "watching"],
-    5: ["checkpoint", "shards", "chat", "reply", "storages"],
+    6: ["engine", "stream", "watching"],
+    5: [
+        "checkpoint",
+        "shards",
+        "packfile",
+        "pack",
+        "packing",
+        "synth",
+        "plan",
+        "workspace",
+        "opening",
+        "calibration",
+        "rounding",
+        "chat",
+        "reply",
+        "storages",
+    ],
     4: ["model"],
-    3: ["experts", "weights"],
-    2: ["ops", "lens", "footprint"],
+    3: ["experts", "weights", "offloaded", "fetching", "slots", "link", "transfers", "quantising"],
+    2: ["ops", "packed", "lens", "footprint"],
     1: [
         "cache",
+        "window",
+        "matrix",
+        "recipe",
+        "blocks",
+        "native",
+        "bandwidth",
+        "diskspeed",
         "rope",
         "sampling",
         "tokenizer",
@@ -41,7 +63,7 @@ FLOORS = {
         "ring",
         "machine",
     ],  # fmt: skip
-    0: ["errors", "config", "probe", "formats"],
+    0: ["errors", "config", "probe", "codec", "formats"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 CORE = range(7)  # runs in a script, a server or a test: no notebook needed
@@ -180,7 +202,7 @@ def test_the_core_needs_no_notebook(path):
 
 def test_kernels_have_one_door():
     named = {room(path) for path in PACKAGE if "workbench_kernels" in path.read_text(encoding="utf-8")}
-    assert named <= {"ops", "doctor"}  # the doctor looks, and never imports
+    assert named <= {"ops", "native", "doctor"}  # one for each kind of processor; the doctor looks, and never imports
     assert not any("workbench_kernels" in roots(path) for path in PACKAGE if room(path) != "ops")
 
 

@@ -172,10 +172,15 @@ def test_where_o_direct_is_refused_the_cache_is_emptied(small, folder, monkeypat
 
 @linux
 def test_other_troubles_with_the_disk_are_not_taken_for_a_refusal(small, folder, monkeypatch):
-    def broken(*known):
-        raise OSError(errno.EIO, "Input/output error")
+    read, calls = os.preadv, []
 
-    monkeypatch.setattr(os, "preadv", broken)
+    def broken_once(*known):
+        calls.append(known)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(*known)
+
+    monkeypatch.setattr(os, "preadv", broken_once)
     with pytest.raises(RequestError, match=r"Input/output error.*folder"):
         measure(folder, "cpu", block=MIB)
 

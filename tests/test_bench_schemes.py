@@ -12,9 +12,9 @@ from workbench.benchmarks.quantisers import Exact, Rounded, Stored, hadamard, ll
 from workbench.benchmarks.report import points
 from workbench.benchmarks.schemes import BUDGET, ROW, Scheme, candidates, made_rows, measure
 from workbench.checkpoint import Random, save
+from workbench.codec import Codes, Groups
 from workbench.config import Config
 from workbench.errors import RequestError
-from workbench.codec import Codes, Groups
 from workbench.formats import CACHE_FORMATS
 from workbench.model import Model
 

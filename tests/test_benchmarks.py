@@ -11,10 +11,11 @@ from workbench.__main__ import main
 from workbench.benchmarks import cpu
 from workbench.benchmarks.cpu import Result, Row, Workload
 from workbench.benchmarks.measure import SHAPES
-from workbench.checkpoint import Random, open_model, save
+from workbench.checkpoint import Random, save
 from workbench.config import Config
 from workbench.errors import RequestError
 from workbench.model import Model
+from workbench.opening import open_model
 
 TINY = replace(
     Config.preset("pocket"),

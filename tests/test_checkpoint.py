@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from workbench import checkpoint
-from workbench.checkpoint import Random, Safetensors, open_model, resolve, save
+from workbench.checkpoint import Random, Safetensors, resolve, save
 from workbench.config import Config
 from workbench.errors import CheckpointError
 from workbench.model import Model
+from workbench.opening import open_model
 from workbench.shards import INDEX, SINGLE, Stored
 
 ROOT = Path(__file__).parent.parent
@@ -433,7 +434,8 @@ def test_nothing_stays_of_a_model_that_was_not_finished(saved, monkeypatch, erro
 
 PEAK = """
 import sys, torch
-from workbench.checkpoint import Safetensors, open_model
+from workbench.checkpoint import Safetensors
+from workbench.opening import open_model
 from workbench.config import Config
 from workbench.model import Model
 

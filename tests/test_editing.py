@@ -12,10 +12,10 @@ from edited import LENGTH, PROMPT, cases, edited, run, same
 from inside import Inside
 
 from workbench.cache import LatentCache
-from workbench.checkpoint import open_model
 from workbench.editing import Editing
 from workbench.edits import Ablate, Add, Bias, Force, ReplayRouting, Scale, TopK, describe
 from workbench.errors import RequestError
+from workbench.opening import open_model
 from workbench.probe import both
 from workbench.recorder import Recorder
 from workbench.trace import Trace, new_header

@@ -1,4 +1,4 @@
-"""What a cache of experts would hit is what a search of every possibility, or a plain simulation of each policy, says."""
+"""What a cache of experts would hit is what a search of every possibility or a plain simulation says."""
 
 import math
 from itertools import combinations
@@ -73,8 +73,9 @@ def best(accesses, capacity):
     return max(states.values())
 
 
-def simulated(accesses, capacity, policy, half_life=None, chosen=()):
-    """One block after the other, with plain lists: bool, the hits. recent: blocks in the order of their last use."""
+def simulated(accesses, capacity, value):
+    """One block after the other, with plain lists: bool, the hits. value(block, its passes so far, now): what it is
+    worth; of equal ones the one that was used longest ago is worth less."""
     held, recent, uses, hits = [], [], {}, []
     for visit, now in visits_of(accesses):
         recency = {block: place for place, block in enumerate(recent)}
@@ -84,22 +85,12 @@ def simulated(accesses, capacity, policy, half_life=None, chosen=()):
         for block in in_order:
             recent = [other for other in recent if other != block] + [block]
             uses.setdefault(block, []).append(now)
-
-        def worth(block):
-            if policy == "lru":
-                value = 0.0
-            elif policy == "lfu":
-                value = len(uses[block])
-            elif policy == "pinned":
-                value = block in chosen
-            else:
-                value = sum(2.0 ** (-(now - use) / half_life) for use in uses[block])
-            return round(value, 9), recent.index(block)  # the same sum, whatever it was added up from
-
-        for block in sorted(missed, key=worth):
+        # rounded: the same sum, in whatever order it was added up
+        worth = {block: (round(value(block, uses[block], now), 9), recent.index(block)) for block in recent}
+        for block in sorted(missed, key=worth.get):
             if len(held) == capacity:
                 safe = visit if len(visit) <= capacity else []
-                held.remove(min((other for other in held if other not in safe), key=worth))
+                held.remove(min((other for other in held if other not in safe), key=worth.get))
             held.append(block)
     return np.array(hits)
 
@@ -143,13 +134,15 @@ def test_every_policy_does_what_a_plain_simulation_does(seed, skew):
     accesses = chance(seed, passes=15, skew=skew)
     chosen = most_used(chance(seed + 100, passes=15, skew=skew), 4)
     for capacity in CAPACITIES:
-        assert (lru(accesses, capacity) == simulated(accesses, capacity, "lru")).all(), capacity
-        assert (decayed(accesses, capacity, math.inf) == simulated(accesses, capacity, "lfu")).all(), capacity
-        for half_life in (0.7, 3.3, 20.0):
-            same = decayed(accesses, capacity, half_life) == simulated(accesses, capacity, "decayed", half_life)
-            assert same.all(), (capacity, half_life)
         pins = chosen[:capacity]
-        assert (pinned(accesses, capacity, pins) == simulated(accesses, capacity, "pinned", chosen=pins)).all()
+        for found, value in (
+            (lru(accesses, capacity), lambda block, uses, now: 0),
+            (decayed(accesses, capacity, math.inf), lambda block, uses, now: len(uses)),
+            (decayed(accesses, capacity, 0.7), lambda block, uses, now: sum(2 ** ((use - now) / 0.7) for use in uses)),
+            (decayed(accesses, capacity, 9), lambda block, uses, now: sum(2 ** ((use - now) / 9) for use in uses)),
+            (pinned(accesses, capacity, pins), lambda block, uses, now: int(block in pins)),  # noqa: B023
+        ):
+            assert (found == simulated(accesses, capacity, value)).all(), capacity
 
 
 @pytest.mark.parametrize("most", [1, 4])
@@ -159,7 +152,7 @@ def test_a_short_memory_is_lru_and_a_long_one_lfu(most):
         recent, often = lru(accesses, capacity), decayed(accesses, capacity, math.inf)
         for half_life in (0, 1e-320, 1e-3):
             assert (decayed(accesses, capacity, half_life) == recent).all()
-        assert (decayed(accesses, capacity, 1e9) == often).all()
+        assert (decayed(accesses, capacity, 1e30) == often).all()
     assert any((lru(accesses, c) != decayed(accesses, c, math.inf)).any() for c in range(1, 19))
 
 
@@ -340,8 +333,10 @@ def test_draws_by_chance_are_reused_as_chance_has_it_and_a_habit_is_not():
     visits = [rng.choice(20, 3, replace=False, p=popular / popular.sum()).tolist() for _ in range(400)]
     loose = reuse(accesses_of(visits), rounds=100, seed=1)
     assert not loose["outside"].any() and loose["ratio"].tolist() == pytest.approx([1, 1], abs=0.1)
-    held = reuse(accesses_of(sorted(visits)), rounds=100, seed=1)  # the very same visits, those alike together
-    assert held["outside"].all() and (held["ratio"] > 1.1).all()
+    held = reuse(
+        accesses_of(sorted(map(sorted, visits))), rounds=100, seed=1
+    )  # the very same visits, those alike together
+    assert held["outside"].all() and held["ratio"][1] > 1.3 and held["ratio"][8] > 1.02
     assert held["null_mean"].tolist() == pytest.approx(loose["null_mean"].tolist(), rel=0.02)
     uses = np.bincount(np.concatenate(visits))
     for within, row in loose.iterrows():  # none of the other uses of a block is among the next passes

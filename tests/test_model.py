@@ -9,10 +9,11 @@ import torch
 
 from workbench import ops
 from workbench.cache import LatentCache
-from workbench.checkpoint import Random, open_model
+from workbench.checkpoint import Random
 from workbench.config import Config
 from workbench.errors import CheckpointError, RequestError
 from workbench.model import Model, absorbing_is_cheaper
+from workbench.opening import open_model
 from workbench.probe import Probe
 
 TOLERANCE = 1e-4

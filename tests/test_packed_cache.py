@@ -15,12 +15,13 @@ import workbench as wb
 import workbench.model
 from workbench import ops
 from workbench.cache import BLOCK, LatentCache, Pool
-from workbench.checkpoint import Random, open_model
+from workbench.checkpoint import Random
 from workbench.config import Config
 from workbench.engine import CHUNK, Engine
 from workbench.errors import RequestError
 from workbench.formats import CACHE_FORMATS, Packed, Row, cache_format
 from workbench.model import Model
+from workbench.opening import open_model
 from workbench.sampling import Sampling
 
 ROW = Row(CONFIG.kv_lora_rank, CONFIG.qk_rope_head_dim)

@@ -10,8 +10,9 @@ import torch
 from checkpoints import ALONE, CASES, ORACLE
 
 from workbench import ops
-from workbench.checkpoint import open_model, save
+from workbench.checkpoint import save
 from workbench.config import Config
+from workbench.opening import open_model
 from workbench.recorder import Recorder
 
 TOLERANCE = 1e-4

@@ -9,8 +9,8 @@ from inside import Inside, opened
 
 import workbench as wb
 from workbench.cache import LatentCache
-from workbench.checkpoint import open_model
 from workbench.errors import RequestError
+from workbench.opening import open_model
 from workbench.probe import INSIDE, SITES, Probe, layers_with, sizes
 from workbench.recorder import Recorder
 from workbench.workbench import POCKET

@@ -7,10 +7,11 @@ from itertools import islice
 import pytest
 import torch
 
-from workbench.checkpoint import Random, open_model
+from workbench.checkpoint import Random
 from workbench.config import Config
 from workbench.errors import RequestError
 from workbench.model import Model
+from workbench.opening import open_model
 from workbench.recorder import Recorder
 from workbench.tokenizer import Tokenizer
 from workbench.train.balance import losses

@@ -1,4 +1,4 @@
-"""How one expert lies in memory and on disk: all its parts in one contiguous block, so that one read or copy moves it."""
+"""How one expert lies in memory and on disk: its parts in one contiguous block, so that one read or copy moves it."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -6,13 +6,14 @@ B sequences, T new tokens, S tokens so far, W row width (kv_lora_rank + qk_rope_
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from workbench.config import Config
 from workbench.errors import RequestError
 from workbench.formats import Format, Plain, Row, cache_format
+from workbench.window import Window
 
 Device = torch.device | str
 
@@ -35,6 +36,7 @@ class Pool:
         self.users: Counter[int] = Counter()  # how many sequences share a block; a free block is absent
         self.orphans: list[list[int]] = []  # tables of sequences that were dropped, to be released
         self.sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
+        self.admit: Callable[[int], None] = int  # told how many bytes more are wanted; refuses by raising
         self.recent = min(format.recent, config.max_position_embeddings)
         self.layers = [self._empty(0) for _ in range(config.num_hidden_layers)]
 
@@ -51,11 +53,17 @@ class Pool:
         packed = sum(part.untyped_storage().nbytes() for parts in self.layers for part in parts)
         return packed + sum(sequence.window.nbytes for sequence in self.sequences if sequence.window)
 
+    @property
+    def block_bytes(self) -> int:
+        """Of 64 rows in every layer."""
+        return BLOCK * self.format.nbytes(self.row) * len(self.layers)
+
     def take(self, count: int) -> list[int]:
         """Blocks nobody uses, lowest first, so that a lone sequence stays contiguous."""
         free = [block for block in range(self.blocks) if block not in self.users][:count]
         missing = count - len(free)
         if missing:
+            self.admit(missing * self.block_bytes)
             free += range(self.blocks, self.blocks + missing)
             self._resize(self.blocks + missing)
         self.users.update(free)
@@ -125,51 +133,6 @@ class Pool:
         self.blocks = blocks
 
 
-class Window:
-    """The last tokens of one sequence in bf16, every layer: position p is at p modulo their number."""
-
-    def __init__(self, pool: Pool):
-        shape = (pool.recent, pool.row.width)
-        with torch.inference_mode(False):
-            self.layers = [torch.empty(shape, dtype=torch.bfloat16, device=pool.device) for _ in pool.layers]
-        self.start = 0  # no position before it is here
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.untyped_storage().nbytes() for layer in self.layers)
-
-    def write(self, layer: int, start: int, rows: torch.Tensor) -> None:
-        """Rows [T, W] of the positions from `start` on; those that fall out are forgotten first, whatever follows."""
-        count = len(self.layers[layer])
-        end = start + len(rows)
-        self.start = max(self.start, end - count)
-        rows = rows[-count:]
-        self.layers[layer][self._places(end - len(rows), end)] = rows.to(torch.bfloat16)
-
-    def overlay(self, layer: int, start: int, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [s, W] of the positions from `start` on, with those that are here in place of the packed ones."""
-        end = start + len(rows)
-        first = max(start, self.start)
-        if first >= end:
-            return rows
-        wide = self.layers[layer][self._places(first, end)].to(rows.dtype)
-        return torch.cat([rows[: first - start], wide])
-
-    def truncate(self, length: int) -> None:
-        """What is written next, at position `length`, is here again."""
-        self.start = min(self.start, length)
-
-    def copy(self, pool: Pool) -> "Window":
-        other = Window(pool)
-        other.start = self.start
-        for mine, its in zip(self.layers, other.layers, strict=True):
-            its.copy_(mine)
-        return other
-
-    def _places(self, start: int, end: int) -> torch.Tensor:
-        return torch.arange(start, end, device=self.layers[0].device) % len(self.layers[0])
-
-
 class Sequence:
     """One token sequence: which blocks hold it, in order, and how many tokens are written."""
 
@@ -207,7 +170,8 @@ class LatentCache:
         return cls(config, batch, format, device)
 
     def _window(self) -> Window | None:
-        return Window(self.pool) if self.pool.format.recent else None
+        pool = self.pool
+        return Window(len(pool.layers), pool.recent, pool.row.width, pool.device) if pool.format.recent else None
 
     def _over(self, sequences: list[Sequence]) -> "LatentCache":
         other = object.__new__(LatentCache)
@@ -248,7 +212,7 @@ class LatentCache:
         tables = [sequence.table[: -(-sequence.length // BLOCK)] for sequence in self.sequences]
         for table in tables:
             self.pool.share(table)
-        windows = [sequence.window and sequence.window.copy(self.pool) for sequence in self.sequences]
+        windows = [sequence.window and sequence.window.copy() for sequence in self.sequences]
         return self._over([Sequence(self.pool, *each) for each in zip(tables, self.lengths, windows, strict=True)])
 
     def truncate(self, length: int, sequence: int | None = None) -> None:

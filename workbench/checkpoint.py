@@ -8,10 +8,8 @@ import json
 import re
 import secrets
 import shutil
-import traceback
 import zlib
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +17,9 @@ from safetensors.torch import save_file
 
 from workbench.config import Config
 from workbench.errors import CheckpointError
+from workbench.matrix import Weight, dense
 from workbench.model import Model
+from workbench.offloaded import Offloaded
 from workbench.shards import INDEX, SINGLE, inspect, some
 from workbench.weights import Plain
 
@@ -46,7 +46,7 @@ class Safetensors(Plain):
         self.path = Path(path)
         self.stored = inspect(self.path)
         if dtype == "auto":
-            named = Config.from_json(_directory(self.path) / "config.json").dtype
+            named = Config.from_json(directory_of(self.path) / "config.json").dtype
             dtype = torch.float32 if named == "float32" else torch.bfloat16
         self.dtype, self.device = dtype, torch.device(device)
         self.taken: set[str] = set()
@@ -116,26 +116,6 @@ class Random(Plain):
         return []
 
 
-def open_model(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = "auto") -> Model:
-    """The model of a checkpoint directory (or of a .safetensors file beside its config.json).
-
-    All names and shapes are checked before the first byte of a weight is read or allocated. CheckpointError says which
-    file or tensor is wrong; whatever the error, an interrupt included, no part of a model stays in memory.
-    """
-    path = Path(path)
-    config = Config.from_json(_directory(path) / "config.json")
-    rehearsal = Safetensors(path, dtype, device="meta")
-    Model(config, rehearsal)
-    if extra := rehearsal.unused():
-        raise CheckpointError(
-            f"{path}: {len(extra)} tensors have no place in the model that config.json describes: {some(extra, 5)}. "
-            "Either config.json is not the one of these weights (compare num_hidden_layers, n_routed_experts and "
-            "q_lora_rank; download both from the same repository), or this is a later model than DeepSeek-V2."
-        )
-    with _Whole():
-        return Model(config, Safetensors(path, rehearsal.dtype, device))
-
-
 def save(
     model: Model,
     path: str | Path,
@@ -152,6 +132,8 @@ def save(
     """
     path = Path(path).resolve()
     _check_replaceable(path)
+    if isinstance(model.store, Offloaded):
+        raise CheckpointError("experts that are on disk are a packed checkpoint already: copy its directory.")
     dtype = dtype or model.dtype
     staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -176,9 +158,12 @@ def fingerprint(model: Model) -> str:
     """Tells one set of weights from another: a hash over config, names, shapes, and 16 numbers of every tensor."""
     config = {key: value for key, value in model.config.to_dict().items() if key != "torch_dtype"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    if model.checksum:  # of a packed checkpoint, wherever its experts are now
+        digest.update(model.checksum.encode())
+        return digest.hexdigest()[:16]
     for name, tensor in sorted(model.tensors.items()):
         digest.update(f"{name} {list(tensor.shape)}".encode())
-        flat = tensor.detach().reshape(-1)
+        flat = dense(tensor, model.dtype).detach().reshape(-1)
         chosen = flat[:: max(1, flat.numel() // 16)][:16]
         digest.update(chosen.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -231,23 +216,8 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _directory(path: Path) -> Path:
+def directory_of(path: Path) -> Path:
     return path.parent if path.suffix == ".safetensors" and not path.is_dir() else path
-
-
-class _Whole:
-    """Lets a body finish or leaves nothing of it: a notebook keeps the last error, the error its frames, and they would
-    keep a half-loaded model. An error nobody foresaw carries its frames on as text."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, frames: TracebackType | None) -> None:
-        if error is None:
-            return
-        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
-            error.add_note("".join(traceback.format_tb(frames)))
-        error.__traceback__ = None
 
 
 def _check_replaceable(path: Path) -> None:
@@ -257,10 +227,10 @@ def _check_replaceable(path: Path) -> None:
         raise CheckpointError(f"{path} is there and is no checkpoint, so it is not overwritten. Choose another folder.")
 
 
-def _write_weights(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_weights(tensors: dict[str, Weight], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     shards, room = [], 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * dtype.itemsize
+        size = tensor.shape.numel() * dtype.itemsize
         if not shards or size > room:
             shards.append([])
             room = max_shard_bytes
@@ -269,12 +239,12 @@ def _write_weights(tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.
     files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else [SINGLE]
     for file, names in zip(files, shards, strict=True):
-        shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        shard = {name: dense(tensors[name], dtype).detach().to("cpu").contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library writes for the owner alone
         del shard  # before the next one is made
     if len(shards) > 1:
-        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        total = sum(tensor.shape.numel() for tensor in tensors.values()) * dtype.itemsize
         shard_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": shard_of})
 

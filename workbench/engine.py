@@ -3,71 +3,28 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
 
-from workbench.cache import LatentCache
+from workbench.cache import BLOCK, LatentCache, Pool
 from workbench.chat import Prompt, Span, detect, render
 from workbench.edits import Edit
-from workbench.errors import RequestError
-from workbench.formats import cache_format
+from workbench.errors import BudgetError, RequestError
+from workbench.formats import Row, cache_format
 from workbench.model import Model
 from workbench.probe import Probe
-from workbench.reply import Reply, Stats, Step
+from workbench.reply import Reply, Step
 from workbench.ring import RoutingLog
 from workbench.sampling import Sampling
+from workbench.stream import Completion, Stream, completion
 from workbench.tokenizer import Tokenizer
-from workbench.trace import Trace
 from workbench.watching import Watch, Watched
 
 CHUNK = 512  # tokens of a prompt per forward pass: bounds the memory of a prefill, and how long a stop waits
 
 Request = str | list[dict] | list[int]
-
-
-@dataclass
-class Completion:
-    """A whole answer. `tokens` leave out the end mark, which is in `steps`. `watched` holds the sites asked for."""
-
-    prompt_tokens: int
-    tokens: list[int]
-    text: str
-    steps: list[Step]
-    stats: Stats
-    watched: Watched = field(repr=False)
-
-    @property
-    def trace(self) -> Trace:
-        """What was seen: every token, and the experts it went to."""
-        return self.watched.trace(self.steps)
-
-
-class Stream:
-    """Steps of one generation, to be iterated once. The prompt is read at the first step."""
-
-    def __init__(self, steps: Iterator[Step], prompt: Prompt, watched: Watched):
-        self._steps, self.prompt, self.watched = steps, prompt, watched
-        self.stats = watched.reply.stats
-        self.steps: list[Step] = []  # so far
-
-    def __iter__(self) -> "Stream":
-        return self
-
-    def __next__(self) -> Step:
-        step = next(self._steps)
-        self.steps.append(step)
-        return step
-
-    def trace(self) -> Trace:
-        """What was seen up to now. Tokens that are not read yet have no routing."""
-        return self.watched.trace(self.steps)
-
-    def close(self) -> None:
-        """Ends the generation; the cache keeps what was read."""
-        self._steps.close()
 
 
 class _Held(NamedTuple):
@@ -84,9 +41,21 @@ class _Held(NamedTuple):
 class Engine:
     """Generates with one model. Between streams it keeps the cache of the last one, and reuses what the next shares."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, cache_format: str, name: str = ""):
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        cache_format: str,
+        name: str = "",
+        *,
+        context: int | None = None,
+        chunk: int = CHUNK,
+        cache_bytes: int | None = None,
+    ):
+        """`chunk` tokens of a prompt pass together; all caches made here hold at most `cache_bytes` together."""
         self.model, self.tokenizer, self.cache_format, self.name = model, tokenizer, cache_format, name
-        self.context = model.config.max_position_embeddings
+        self.context = min(context or model.config.max_position_embeddings, model.config.max_position_embeddings)
+        self.chunk, self.cache_bytes = chunk, cache_bytes
         # pools of caches, routing rings and recorders that were made here and that somebody still holds
         self.alive: weakref.WeakSet = weakref.WeakSet()
         self._last: Callable[[], LatentCache | None] = lambda: None
@@ -108,15 +77,31 @@ class Engine:
             if held is not None and name != held.cache.format:
                 if held.cache.pool.format.recent or cache_format(format).recent:
                     self._held = None  # windows belong to their sequence: the next stream reads its prompt anew
-                else:
+                elif self._has_room(held.cache.pool.blocks * held.cache.pool.block_bytes):  # beside the old rows
                     errors = held.cache.convert(name)
+                else:
+                    self._held = None
             self.cache_format = name
         return errors
 
     def new_cache(self, batch: int = 1, format: str | None = None) -> LatentCache:
+        """An empty cache. It refuses to grow beyond what the budget leaves for all of them: BudgetError."""
         cache = LatentCache(self.model.config, batch, format or self.cache_format, self.model.device)
+        cache.pool.admit = self._admit
         self.alive.add(cache.pool)
         return cache
+
+    def _has_room(self, more: int) -> bool:
+        held = sum(pool.nbytes for pool in list(self.alive) if isinstance(pool, Pool))
+        return self.cache_bytes is None or held + more <= self.cache_bytes
+
+    def _admit(self, more: int) -> None:
+        if not self._has_room(more):
+            raise BudgetError(
+                f"the caches of all conversations and answers would pass the {self.cache_bytes:,} bytes that the "
+                f"budget leaves them, {self.context:,} tokens. End some, or open the model with a longer context=, "
+                'a larger budget or cache="q6".'
+            )
 
     def prompt(self, prompt: Request, open_last: bool = False) -> Prompt:
         """Tokens and role spans of what was asked. RequestError for nothing, or more than the context holds."""
@@ -256,16 +241,20 @@ class Engine:
                 raise RequestError(f"prompt {number}: {error}") from error
         waiting.reverse()
         watching = Watch(self.model, self.name, edits, watch, scores, self.cache_format)
+        if self.cache_bytes is not None:
+            self._held = None  # its room is needed
         cache = self.new_cache(batch=min(slots, len(waiting)))
         running: dict[int, tuple[int, Watched, list[Step]]] = {}  # slot -> number of the prompt, and its answer so far
         while waiting or running:
             for slot in range(cache.batch):
                 while slot not in running and waiting:
+                    if running and not self._fits([each.reply for _, each, _ in running.values()], waiting[-1][1]):
+                        break  # until one of those that run has ended
                     number, reply = waiting.pop()
                     watched = self._watched(watching, reply)
                     steps = [self._begin(watched, cache.only(slot))]
                     if steps[0].finish:
-                        yield number, _completion(steps, watched)
+                        yield number, completion(steps, watched)
                     else:
                         running[slot] = number, watched, steps
             if not running:
@@ -279,8 +268,16 @@ class Engine:
                 if steps[-1].finish:
                     cache.truncate(0, slot)
                     del running[slot]
-                    yield number, _completion(steps, watched)
+                    yield number, completion(steps, watched)
         watching.check()
+
+    def _fits(self, running: list[Reply], more: Reply) -> bool:
+        """Whether all of them can become as long as they may."""
+        if self.cache_bytes is None:
+            return True
+        config, row = self.model.config, cache_format(self.cache_format)
+        block = BLOCK * config.num_hidden_layers * row.nbytes(Row(config.kv_lora_rank, config.qk_rope_head_dim))
+        return sum(-(-reply.longest // BLOCK) * block for reply in (*running, more)) <= self.cache_bytes
 
     def _begin(self, watched: Watched, cache: LatentCache) -> Step:
         """Reads one prompt into a slot and takes its first token; the slot is empty again if that was also its last."""
@@ -293,16 +290,16 @@ class Engine:
     def generate(self, prompt: Request, sampling: Sampling | None = None, **options) -> Completion:
         """`stream` to its end; takes the same options."""
         stream = self.stream(prompt, sampling, **options)
-        return _completion(list(stream), stream.watched)
+        return completion(list(stream), stream.watched)
 
     def _prefill(self, watched: Watched, start: int, cache: LatentCache, stop: threading.Event) -> torch.Tensor | None:
         """Reads the prompt from `start`, in chunks: logits after its last token, or None if a stop came between."""
         logits, reply = None, watched.reply
-        for at in range(start, len(reply.tokens), CHUNK):
+        for at in range(start, len(reply.tokens), self.chunk):
             if stop.is_set():
                 return None
             started = perf_counter()
-            chunk = reply.tokens[at : at + CHUNK]
+            chunk = reply.tokens[at : at + self.chunk]
             logits = self._forward([chunk], cache, watched.watch.probe([watched]), *watched.watch.wanted)
             reply.stats.prefilled_tokens += len(chunk)
             reply.stats.prefill_seconds += perf_counter() - started
@@ -312,13 +309,6 @@ class Engine:
     def _forward(self, tokens: list[list[int]], cache: LatentCache, probe: Probe, logits: str = "last") -> torch.Tensor:
         """fp32 logits [B, vocab] after the last token of each row; "all" where a probe wants those of every token."""
         return self.model(torch.tensor(tokens), cache, probe, logits=logits)[:, -1]
-
-
-def _completion(steps: list[Step], watched: Watched) -> Completion:
-    stats = watched.reply.stats
-    tokens = [step.token for step in steps if step.finish != "eos"]
-    text = "".join(step.text for step in steps) + stats.tail
-    return Completion(stats.prompt_tokens, tokens, text, steps, stats, watched)
 
 
 def _shared(a: list[int], b: list[int]) -> int:

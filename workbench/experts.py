@@ -1,7 +1,7 @@
 """Where routed experts live. The mixture asks a store for banks of weights and never knows which store it has."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -10,9 +10,6 @@ from workbench.blocks import Bank, slab
 from workbench.config import Config
 from workbench.weights import Inventory
 
-if TYPE_CHECKING:
-    from workbench.model import Model
-
 
 class Store(Protocol):
     """The routed experts of a model."""
@@ -20,8 +17,8 @@ class Store(Protocol):
     def take(self, config: Config, layer: int, weights: Inventory) -> None:
         """Fetches the experts of a layer, or notes where they are, while the model is built."""
 
-    def opened(self, model: "Model") -> None:
-        """The model is complete."""
+    def opened(self, blocks: Iterable[nn.Module]) -> None:
+        """The model is complete: these are its blocks, in order."""
 
     def waves(self, layer: int, ids: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[Bank, torch.Tensor]]:
         """Banks that together hold every expert in ids [N, K], each with the slot of every choice in it; -1 for a
@@ -53,7 +50,7 @@ class Resident(nn.Module):
             self.slabs.append(slab(config.n_routed_experts, layout.nbytes, weights.source.device))
             self.packed[layer] = weights.blocks(config, layer, layout, self.slabs[-1])
 
-    def opened(self, model: "Model") -> None:
+    def opened(self, blocks: Iterable[nn.Module]) -> None:
         pass
 
     def bank(self, layer: int) -> Bank:

@@ -4,27 +4,43 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from workbench.errors import CheckpointError
-from workbench.slots import Slots
+from workbench.link import Link
+from workbench.slots import Slots, Worth
 from workbench.transfers import Visit
 
-if TYPE_CHECKING:
-    from workbench.offloaded import Offloaded
+
+class Tiers(Protocol):
+    """What is visited: see offloaded.Offloaded."""
+
+    near: Slots
+    far: Slots | None
+    landing: Slots
+    worth: Worth
+    link: Link
+    early: dict[int, Future]
+    place: dict[int, int]
+    experts: int
+    passes: int
+
+    def fetch(self, key: int) -> Future: ...
+
+    def landed(self, key: int, reading: Future) -> None: ...
 
 
 class Fetching:
-    """One visit to an Offloaded store. Keys are MoE layer number x experts + expert.
+    """One visit to a store. Keys are MoE layer number x experts + expert.
 
     An expert goes through `unread`, `reading`, `behind` (in main memory behind the device), `ready`; one that is nearer
     skips what it has behind it. A guard keeps its slots from being given away until its wave has been computed.
     """
 
-    def __init__(self, store: "Offloaded", layer: int, ids: torch.Tensor):
+    def __init__(self, store: Tiers, layer: int, ids: torch.Tensor):
         self.store, self.layer, self.ids, self.device = store, layer, ids.cpu(), ids.device
         experts, times = self.ids.unique(return_counts=True)
         self.first = store.place[layer] * store.experts

@@ -250,8 +250,8 @@ class Model(nn.Module):
             self.head = self.embedding
         else:
             self.head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
-        self.tensors = weights.tensors
-        self.store.opened(self)
+        self.tensors, self.checksum, self.plan = weights.tensors, "", None  # the last two of a packed checkpoint
+        self.store.opened(self.blocks)
 
     def forward(
         self, tokens: torch.Tensor, cache: LatentCache | None = None, probe: Probe = OFF, logits: str = "all"

@@ -8,12 +8,13 @@ Every expert of every layer may be in any slot: one pool for all, so that busy l
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from workbench import ops
 from workbench.blocks import Bank, Layout
@@ -24,9 +25,6 @@ from workbench.link import Link
 from workbench.slots import POLICIES, Slots, Worth
 from workbench.transfers import DISK, FAR, MOVING, NEAR, Transfers
 from workbench.weights import Inventory
-
-if TYPE_CHECKING:
-    from workbench.model import Model
 
 READERS = 4  # reads at the same time: a solid-state disk wants several
 
@@ -92,9 +90,9 @@ class Offloaded:
         if weights.layout(config, layer) != self.layout:
             raise CheckpointError(f"layer {layer}: its experts are packed unlike those of other layers: pack it again.")
 
-    def opened(self, model: "Model") -> None:
+    def opened(self, blocks: Iterable[nn.Module]) -> None:
         """Notes for every layer the router of the next one, and how the norms before the two differ."""
-        blocks = {block.layer: block for block in model.blocks if block.layer in self.place}
+        blocks = {block.layer: block for block in blocks if block.layer in self.place}
         for one, following in zip(self.layers, self.layers[1:]):
             ratio = blocks[following].mlp_norm.float() / blocks[one].mlp_norm.float()
             self._foretell[one] = following, ratio.nan_to_num(0.0, 0.0, 0.0), blocks[following].mlp.router

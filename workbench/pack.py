@@ -1,7 +1,7 @@
 """A packed checkpoint: weights stored by a recipe, every expert one block. Opening it needs nothing but its directory.
 
 config.json                       as published, and that it is packed
-packed.json                       version, recipe, files, one checksum over all of them
+packed.json                       version, recipe, files, one checksum over all of them; digests of the SEALED files
 weights-base.safetensors          embedding, last norm, head
 weights-layer-007.safetensors     what every token passes in that layer
 experts-layer-007.safetensors     its routed experts: tensor "12" is the block of expert 12 (see blocks.Layout)
@@ -11,6 +11,7 @@ A matrix whose codec has several parts is stored as tensors NAME:0, NAME:1 and s
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ import torch
 from workbench.blocks import Layout
 from workbench.codec import Codec
 from workbench.config import Config
-from workbench.errors import CheckpointError
+from workbench.errors import CheckpointError, RequestError
 from workbench.matrix import Matrix
 from workbench.packfile import CHECKSUMS, Entry, PackFile
 from workbench.recipe import Recipe
@@ -29,6 +30,8 @@ from workbench.weights import expert_layout
 
 DESCRIPTION = "packed.json"
 KIND, VERSION = "deepseek-workbench packed checkpoint", 1
+# A damaged one would change tokens and nobody would notice. The other files beside the weights are settings to edit.
+SEALED = ("config.json", "tokenizer.json")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -87,8 +90,8 @@ class Pack:
             recipe = Recipe.from_list(said["recipe"]["name"], said["recipe"]["rules"])
             config = Config.from_json(path / "config.json")
             pack = cls(path, config, recipe, said["files"], said["synthetic"], said["notes"])
-            wrong = said["checksum"] != pack.checksum
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            wrong, sealed = said["checksum"] != pack.checksum, said["sealed"]
+        except (OSError, ValueError, KeyError, TypeError, RequestError) as error:
             raise CheckpointError(f"{where}: describes no packed checkpoint ({error}). Pack it again.") from None
         if wrong:
             raise CheckpointError(f"{where}: its checksum does not fit what it lists. Copy or pack it again.")
@@ -99,7 +102,17 @@ class Pack:
                     f"{path / name}: {'missing' if found is None else f'{found:,} bytes'} where {about['bytes']:,} "
                     "were written. Copy it again, or go on with the same `workbench pack`."
                 )
+        for name, digest in _sealed(path).items() | sealed.items():
+            if _sealed(path).get(name) != digest:
+                raise CheckpointError(f"{path / name} is not the one that was packed: {_AGAIN}")
         return pack
+
+    def open_file(self, name: str, direct: bool = False) -> PackFile:
+        """One of `files`. CheckpointError where it is not the one that is listed."""
+        file = PackFile(self.path / name, direct)
+        if described(file) != self.files.get(name):
+            raise CheckpointError(f"{file.path} is not the file that {DESCRIPTION} lists under that name: {_AGAIN}")
+        return file
 
     def write(self) -> None:
         """Writes config.json and packed.json: what makes the directory a checkpoint, so it comes last."""
@@ -108,7 +121,7 @@ class Pack:
         _write(self.path / DESCRIPTION, {
             "kind": KIND, "version": VERSION, "synthetic": self.synthetic, "notes": self.notes,
             "recipe": {"name": self.recipe.name, "rules": self.recipe.rules},
-            "checksum": self.checksum, "files": self.files,
+            "checksum": self.checksum, "files": self.files, "sealed": _sealed(self.path),
         })  # fmt: skip
 
     @property
@@ -133,9 +146,9 @@ class Pack:
 
 
 def described(file: PackFile) -> dict:
-    """What packed.json says of a file."""
-    digest = hashlib.sha256(file.metadata[CHECKSUMS].encode()).hexdigest()
-    return {"bytes": file.path.stat().st_size, "checksums": digest}
+    """What packed.json says of a file: its bytes, and a digest of name, type, shape and checksum of every tensor."""
+    listed = [[name, one.dtype, one.shape, file.checksums[name]] for name, one in file.stored.items()]
+    return {"bytes": file.path.stat().st_size, "checksums": hashlib.sha256(json.dumps(listed).encode()).hexdigest()}
 
 
 class PackedSource:
@@ -144,7 +157,7 @@ class PackedSource:
     def __init__(self, pack: Pack, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.pack, self.dtype, self.device = pack, dtype, torch.device(device)
         self.taken: set[str] = set()
-        self._files = {name: PackFile(pack.path / name) for name in pack.files if name.startswith("weights-")}
+        self._files = {name: pack.open_file(name) for name in pack.files if name.startswith("weights-")}
         self.shelf = Shelf(pack) if pack.layout else None
 
     def codec(self, name: str) -> Codec | None:
@@ -199,7 +212,7 @@ class Shelf:
         self.files: dict[int, PackFile] = {}
         for layer in range(pack.config.num_hidden_layers):
             if pack.config.is_moe(layer):
-                self.files[layer] = file = PackFile(pack.path / experts_file(layer), direct=True)
+                self.files[layer] = file = pack.open_file(experts_file(layer), direct=True)
                 sizes = {name: stored.nbytes for name, stored in file.stored.items()}
                 if sizes != {entry.name: entry.nbytes for entry in block_entries(pack.config, pack.layout)}:
                     raise CheckpointError(
@@ -211,7 +224,15 @@ class Shelf:
         self.files[layer].read(str(expert), into)
 
 
+def _sealed(path: Path) -> dict[str, str]:
+    files = (path / name for name in SEALED)
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
 def _write(file: Path, content: dict) -> None:
     part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with part.open("w", encoding="utf-8") as opened:
+        opened.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())
     part.replace(file)

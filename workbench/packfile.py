@@ -7,13 +7,14 @@ import json
 import os
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
 
-from workbench.blocks import PAGE
+from workbench.blocks import PAGE, slab
 from workbench.errors import CheckpointError
 from workbench.shards import DTYPES, read_header
 
@@ -36,7 +37,8 @@ class Entry(NamedTuple):
 class PackWriter:
     """Writes a file tensor by tensor, in the order of `entries`: `with PackWriter(...) as file: file.write(tensor)`.
 
-    Until it is complete and on the disk it has the suffix .part; an interrupt leaves that, and no file of the name.
+    Until it is complete and on the disk it has the suffix .part. An error or an interrupt removes that, a killed process
+    leaves it; of the name itself there is a whole file or none.
     """
 
     def __init__(self, path: Path, entries: Iterable[Entry], metadata: dict[str, str]):
@@ -58,7 +60,7 @@ class PackWriter:
 
     def __enter__(self) -> "PackWriter":
         self._file = self._part.open("wb")
-        self._file.write(self._header())
+        self._file.write(bytes(len(self._header())))  # zeros, which no reader takes for a header
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, frames: TracebackType | None) -> None:
@@ -69,10 +71,12 @@ class PackWriter:
                 self._file.write(self._header())  # as long as before: a checksum has eight digits
                 self._file.flush()
                 os.fsync(self._file.fileno())
+                self._file.close()
+                self._part.replace(self.path)
         finally:
-            self._file.close()
-        if kind is None:
-            self._part.replace(self.path)
+            with suppress(OSError):  # of a full disk, once more: the first one is on its way
+                self._file.close()
+            self._part.unlink(missing_ok=True)
 
     def _header(self) -> bytes:
         known = self.checksums + [0] * (len(self.entries) - len(self.checksums))
@@ -94,6 +98,8 @@ class PackFile:
     what is used; where it cannot, the system is told after each read that the pages are not wanted.
     """
 
+    _descriptor = -1
+
     def __init__(self, path: Path, direct: bool = False):
         self.path = path
         self.stored, self.metadata = read_header(path)
@@ -114,14 +120,19 @@ class PackFile:
         """
         stored = self.stored[name]
         assert into.nbytes == stored.nbytes and into.is_contiguous(), f"{name}: {into.nbytes} for {stored.nbytes} bytes"
+        if self._direct and into.data_ptr() % PAGE:  # past the cache only whole pages are read, into whole pages
+            aligned = slab(1, stored.nbytes)[0]
+            self.read(name, aligned)
+            into.copy_(aligned)
+            return
         buffer = memoryview(into.numpy())
+        found = 0
         try:
-            found = os.preadv(self._descriptor, [buffer], stored.start)
-            while 0 < found < stored.nbytes:  # a signal, or the end of the file
+            while found < stored.nbytes:
                 more = os.preadv(self._descriptor, [buffer[found:]], stored.start + found)
-                if not more:
-                    break
                 found += more
+                if not more or self._direct and more % PAGE:  # the end of the file
+                    break
             if not self._direct and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._descriptor, stored.start, stored.nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
@@ -133,7 +144,7 @@ class PackFile:
             )
         if zlib.crc32(buffer) != self.checksums[name]:
             raise CheckpointError(
-                f"{self.path}: {name} is damaged: its checksum is not {self.checksums[name]:08x}. Copy or pack it again."
+                f"{self.path}: {name} is damaged: it is not as its checksum says. Copy or pack it again."
             )
 
     def close(self) -> None:
@@ -145,14 +156,24 @@ class PackFile:
         self.close()
 
     def _open(self) -> int:
-        self._descriptor = -1
+        pages = all(one.start % PAGE == 0 and one.nbytes % PAGE == 0 for one in self.stored.values())
+        if self._direct and pages and (descriptor := _open_direct(self.path)) is not None:
+            return descriptor
+        self._direct = False
         try:
-            if self._direct and all(one.start % PAGE == 0 and one.nbytes % PAGE == 0 for one in self.stored.values()):
-                try:
-                    return os.open(self.path, os.O_RDONLY | os.O_DIRECT)
-                except OSError:  # tmpfs and some network file systems cannot
-                    pass
-            self._direct = False
             return os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be opened ({error}).") from None
+
+
+def _open_direct(path: Path) -> int | None:
+    """None where the file system cannot: some say so when a file is opened, others when it is read."""
+    descriptor = None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        os.preadv(descriptor, [memoryview(slab(1, PAGE)[0].numpy())], 0)
+        return descriptor
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None

@@ -68,6 +68,11 @@ class Reply:
         self.decoder = self.tokenizer.stream(special=False)
         self.stops = StopStrings(self.sampling.stop)
 
+    @property
+    def longest(self) -> int:
+        """Tokens it may come to, prompt included."""
+        return min(self.context, self.stats.prompt_tokens + self.sampling.max_tokens)
+
     def next(self, logits: torch.Tensor, started: float, cache_bytes: int) -> Step:
         """Samples from logits [vocab] and says what became readable."""
         stats = self.stats

@@ -8,26 +8,31 @@ import psutil
 import torch
 
 from workbench.cache import LatentCache
-from workbench.checkpoint import open_model, resolve, save
+from workbench.checkpoint import resolve, save
 from workbench.config import Config
 from workbench.engine import Completion, Engine, Stream
 from workbench.errors import BudgetError, RequestError
 from workbench.formats import cache_format
 from workbench.model import Model
+from workbench.opening import Size, open_model
+from workbench.pack import Pack
+from workbench.recipe import Recipe
 from workbench.sampling import Sampling
 from workbench.tokenizer import Tokenizer
 from workbench.trace import Trace
 
 POCKET = Path(__file__).parent / "pocket"
+CONTEXT = 8192  # tokens there is room for under a budget, where nothing is said
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
 
 class Workbench:
     """What `load` gives. `path` is the checkpoint it came from, `name` what it was asked for as."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, path: Path, name: str, cache: str):
+    def __init__(self, model: Model, tokenizer: Tokenizer, path: Path, name: str, cache: str, **limits):
+        """`limits` are those of the Engine."""
         self.model, self.tokenizer, self.path, self.name = model, tokenizer, path, name
-        self.engine = Engine(model, tokenizer, cache, name)
+        self.engine = Engine(model, tokenizer, cache, name, **limits)
 
     @property
     def config(self) -> Config:
@@ -96,27 +101,46 @@ class Workbench:
         return f"<Workbench {self.name}: {_count(total)} parameters, {_count(active)} active, {where}>"
 
 
-def load(name: str = "pocket", *, device: str = "auto", dtype: str = "auto", cache: str = "auto") -> Workbench:
-    """Opens "pocket", a checkpoint directory, or a hub id.
+def load(
+    name: str = "pocket",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    cache: str = "auto",
+    recipe: str | Recipe | None = None,
+    vram: Size | None = None,
+    ram: Size | None = None,
+    context: int | None = None,
+    **how,
+) -> Workbench:
+    """Opens "pocket", a checkpoint directory, plain or packed, or a hub id.
 
     device: "auto" (the GPU if there is one), "cpu", "cuda", "cuda:1". dtype: "auto" (bf16 on a GPU; on a CPU fp32 where
-    that takes at most half of the free memory, else bf16), "fp32", "bf16". cache: "auto" (as dtype), or a format of
-    workbench.formats: "bf16", "fp8", "int8", "q6" (93.3 % less than DeepSeek-67B), "int4", "q6+128" and so on.
-    CheckpointError, RequestError and BudgetError (the weights do not fit) say what is wrong and what to do.
+    that takes at most half of the free memory or the weights are packed, else bf16), "fp32", "bf16". cache: "auto" (as
+    dtype), or a format of workbench.formats: "bf16", "fp8", "int8", "q6" (93.3 % less than DeepSeek-67B), "int4",
+    "q6+128" and so on. recipe: packs plain weights as they are read, "int4" for example. vram, ram: hard budgets such
+    as "16GiB"; with one, the caches have room for `context` tokens (at most 8,192 where nothing is said). Further
+    options are those of opening.open_model. CheckpointError, RequestError and BudgetError (it does not fit, and this
+    is the least that would) say what is wrong and what to do.
     """
     where = _device(device)
     path = POCKET if name == "pocket" else resolve(name)
-    needed = Config.from_json(path / "config.json").parameters().total
-    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
-    kind = _dtype(dtype, where, needed, free)
-    if needed * kind.itemsize > free:
-        raise BudgetError(
-            f"{name}: {_count(needed)} weights of {kind.itemsize} bytes take {needed * kind.itemsize / 1e9:.1f} GB; "
-            f"{free / 1e9:.1f} GB are free on {where}. Use dtype='bf16', a smaller model or a larger machine."
-        )
+    config, packed = Config.from_json(path / "config.json"), Pack.is_one(path)
+    kind = _dtype(dtype, where, 0 if packed or recipe else config.parameters().total)
+    limited = vram is not None or ram is not None
+    if not (packed or limited or recipe):
+        _check_fits(name, config, kind, where)
     cache = {torch.float32: "fp32", torch.bfloat16: "bf16"}[kind] if cache == "auto" else cache_format(cache).name
+    if limited and context is None:
+        context = min(CONTEXT, config.max_position_embeddings)
     tokenizer = Tokenizer(path)  # before the weights, which take longer
-    return Workbench(open_model(path, device=where, dtype=kind), tokenizer, path, str(name), cache)
+    model = open_model(
+        path, device=where, dtype=kind, recipe=recipe, vram=vram, ram=ram, context=context, cache=cache, **how
+    )
+    limits = {"context": context}
+    if limited:
+        limits |= {"chunk": model.plan.chunk, "cache_bytes": model.plan.cache_bytes}
+    return Workbench(model, tokenizer, path, str(name), cache, **limits)
 
 
 def _asked(prompt: str | list[dict] | list[int]) -> str:
@@ -137,10 +161,25 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, parameters: int, free: int) -> torch.dtype:
+def _dtype(name: str, device: torch.device, plain: int) -> torch.dtype:
+    """`plain`: how many numbers would be held in that type."""
     if name != "auto":
         return _known(name)
-    return torch.float32 if device.type == "cpu" and 4 * parameters <= free / 2 else torch.bfloat16
+    return torch.float32 if device.type == "cpu" and 4 * plain <= _free(device) / 2 else torch.bfloat16
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def _check_fits(name: str, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+    needed, free = config.parameters().total, _free(device)
+    if needed * dtype.itemsize > free:
+        raise BudgetError(
+            f"{name}: {_count(needed)} weights of {dtype.itemsize} bytes take {needed * dtype.itemsize / 1e9:.1f} GB; "
+            f"{free / 1e9:.1f} GB are free on {device}. Use dtype='bf16', a smaller model or a larger machine, or pack "
+            "it (workbench pack): packed experts stay on disk until they are asked for."
+        )
 
 
 def _known(name: str) -> torch.dtype:

@@ -35,10 +35,10 @@ from workbench.benchmarks.measure import (
 )
 from workbench.benchmarks.rivals import CACHE
 from workbench.cache import LatentCache
-from workbench.checkpoint import open_model
 from workbench.edits import Ablate, Edit, TopK
 from workbench.errors import RequestError
 from workbench.model import Model
+from workbench.opening import open_model
 from workbench.probe import OFF, SITES, Probe, layers_with
 from workbench.recorder import Recorder
 from workbench.reply import Stats

@@ -7,8 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from workbench.cache import LatentCache
-from workbench.checkpoint import open_model
 from workbench.errors import RequestError
+from workbench.opening import open_model
 
 CACHE = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 GATHERED = 1e8  # bytes of expert weights copied in one pass, beyond which batched_mm was never near the fastest

@@ -69,16 +69,18 @@ class Accesses:
         """
         if chunk < 1:
             raise RequestError(f"a pass reads at least one token; got a chunk of {chunk}.")
-        read = np.flatnonzero((trace.experts >= 0).any((1, 2)) & tokens_of(trace, phase))
-        if not len(read):
-            raise RequestError(f"no token{f' of phase {phase}' if phase else ''} of this trace was read by experts.")
+        read = np.flatnonzero((trace.experts >= 0).any((1, 2)))
         sequence = trace.tokens["sequence"].to_numpy()[read]
         alone = (trace.tokens["phase"] == "decode").to_numpy()[read]
-        place = np.arange(len(read))
-        first = np.ones(len(read), bool)
+        first = np.ones(len(read), bool)  # of a run: a prompt, or a token of an answer
         first[1:] = (np.diff(sequence) != 0) | alone[1:] | alone[:-1]
-        passes = np.cumsum((place - np.maximum.accumulate(np.where(first, place, 0))) % chunk == 0) - 1
-        experts, layers = trace.experts[read], np.array(trace.layers)
+        place = np.arange(len(read))
+        passes = np.cumsum((place - np.maximum.accumulate(np.where(first, place, 0))) % chunk == 0)
+        kept = tokens_of(trace, phase)[read]
+        if not kept.any():
+            raise RequestError(f"no token{f' of phase {phase}' if phase else ''} of this trace was read by experts.")
+        passes, experts, layers = passes[kept], trace.experts[read[kept]], np.array(trace.layers)
+        passes = np.cumsum(np.diff(passes, prepend=passes[0]) > 0)  # again from 0, without gaps
         token, layer, _ = used = np.nonzero(experts >= 0)
         asked = np.unique((passes[token] * len(layers) + layer) * trace.n_experts + experts[used])
         visit, expert = np.divmod(asked, trace.n_experts)

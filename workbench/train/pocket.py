@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from workbench.checkpoint import Random, open_model, save
+from workbench.checkpoint import Random, save
 from workbench.config import Config
 from workbench.evals.exam import texts
 from workbench.model import Model
+from workbench.opening import open_model
 from workbench.tokenizer import Tokenizer
 from workbench.train.curriculum import conversations, corpus
 from workbench.train.loop import Progress, Recipe, rows, train
