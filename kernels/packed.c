@@ -13,6 +13,7 @@ A row is summed in one order whatever the number of threads. Functions return 0,
 
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -35,7 +36,7 @@ A row is summed in one order whatever the number of threads. Functions return 0,
 #define BLOCK 1024   /* activations are padded to blocks of 16 groups, whose scales fill a register */
 #define PIECE 512    /* codes that are unpacked at once */
 #define CHUNK 32768  /* bytes of codes that a thread takes at once */
-#define AHEAD 4096   /* bytes of codes that are asked for before they are needed */
+#define AHEAD 8192   /* bytes of codes that are asked for before they are needed */
 
 typedef struct {
     const uint8_t *codes, *part;
@@ -105,16 +106,33 @@ ALWAYS __m512i spread(int bits, __m512i bytes) {
     bytes = _mm512_permutexvar_epi8(every(bits, 0, 0), bytes);
     return _mm512_and_si512(_mm512_multishift_epi64_epi8(every(0, 0, bits), bytes), _mm512_set1_epi8((1 << bits) - 1));
 }
+
+ALWAYS __m512i load_codes(int bits, const uint8_t *codes) { /* 64, and no byte beyond */
+    return spread(bits, bits == 8   ? _mm512_loadu_si512(codes)
+                        : bits == 4 ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)codes))
+                                    : _mm512_maskz_loadu_epi8(first_bytes(8 * bits), codes));
+}
+
+ALWAYS void store_weights(__m128i codes, __m512i most, __m512 unit, float *out) {
+    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(codes), most)), unit));
+}
+
+ALWAYS void unpack_groups(int bits, const uint8_t *codes, const uint8_t *part, float whole, int64_t groups, float *out) {
+    const __m512i most = _mm512_set1_epi32((1 << (bits - 1)) - 1);
+    for (int64_t g = 0; g < groups; g++, codes += 8 * bits, out += GROUP) {
+        const __m512 unit = _mm512_set1_ps(part ? part[g] / 255.0f * whole : whole);
+        const __m512i v = load_codes(bits, codes);
+        store_weights(_mm512_castsi512_si128(v), most, unit, out);
+        store_weights(_mm512_extracti32x4_epi32(v, 1), most, unit, out + 16);
+        store_weights(_mm512_extracti32x4_epi32(v, 2), most, unit, out + 32);
+        store_weights(_mm512_extracti32x4_epi32(v, 3), most, unit, out + 48);
+    }
+}
 #endif
 
 /* Up to 7 bytes are written beyond the count. */
 ALWAYS void decode_some(int bits, const uint8_t *codes, int64_t count, uint8_t *out) {
-    int64_t at = 0;
-#if VNNI
-    for (; at + 64 <= count; at += 64, codes += 8 * bits)
-        _mm512_storeu_si512(out + at, spread(bits, _mm512_maskz_loadu_epi8(first_bytes(8 * bits), codes)));
-#endif
-    for (; at < count; at += 8, codes += bits) {
+    for (int64_t at = 0; at < count; at += 8, codes += bits) {
         uint64_t word = 0;
         if (at + 8 <= count)
             memcpy(&word, codes, bits);
@@ -125,31 +143,43 @@ ALWAYS void decode_some(int bits, const uint8_t *codes, int64_t count, uint8_t *
     }
 }
 
-static void decode(int bits, const uint8_t *codes, int64_t count, uint8_t *out) {
-    switch (bits) {
-    case 2: decode_some(2, codes, count, out); break;
-    case 3: decode_some(3, codes, count, out); break;
-    case 4: decode_some(4, codes, count, out); break;
-    case 5: decode_some(5, codes, count, out); break;
-    case 6: decode_some(6, codes, count, out); break;
-    case 7: decode_some(7, codes, count, out); break;
-    case 8: decode_some(8, codes, count, out); break;
+/* Calls something with the number of bits as a constant. */
+#define FOR_BITS(bits, CALL) \
+    switch (bits) { \
+    case 2: CALL(2); break; \
+    case 3: CALL(3); break; \
+    case 4: CALL(4); break; \
+    case 5: CALL(5); break; \
+    case 6: CALL(6); break; \
+    case 7: CALL(7); break; \
+    case 8: CALL(8); break; \
     }
-}
 
 /* Weights from, ..., from + count - 1 of a row, at most PIECE of them, as `unpack` of the codec computes them. `from` is
 a multiple of 8. */
 static void unpack_piece(const Matrix *m, int64_t row, int64_t from, int64_t count, float *restrict out) {
-    uint8_t codes[PIECE + 8];
-    int most = (1 << (m->bits - 1)) - 1;
-    float whole = half(m->whole[row]);
-    decode(m->bits, m->codes + row * row_bytes(m) + from * m->bits / 8, count, codes);
-    for (int64_t at = 0, end; at < count; at = end) {
-        int64_t group = (from + at) / m->group;
-        end = m->part ? least(count, (group + 1) * m->group - from) : count;
-        float unit = m->part ? m->part[row * row_groups(m) + group] / 255.0f * whole : whole;
+    const float whole = half(m->whole[row]);
+    const uint8_t *codes = m->codes + row * row_bytes(m) + from * m->bits / 8;
+    const uint8_t *part = m->part ? m->part + row * row_groups(m) : NULL;
+    int64_t at = 0;
+#if VNNI
+    if (fast(m) && from % GROUP == 0) {
+#define UNPACK(bits) unpack_groups(bits, codes, part ? part + from / GROUP : NULL, whole, count / GROUP, out)
+        FOR_BITS(m->bits, UNPACK)
+        at = count / GROUP * GROUP;
+        codes += at * m->bits / 8;
+    }
+#endif
+    uint8_t decoded[PIECE + 8];
+    const int most = (1 << (m->bits - 1)) - 1;
+#define DECODE(bits) decode_some(bits, codes, count - at, decoded + at)
+    FOR_BITS(m->bits, DECODE)
+    for (int64_t end; at < count; at = end) {
+        const int64_t group = (from + at) / m->group;
+        const float unit = part ? part[group] / 255.0f * whole : whole;
+        end = part ? least(count, (group + 1) * m->group - from) : count;
         for (int64_t i = at; i < end; i++)
-            out[i] = (float)(codes[i] - most) * unit;
+            out[i] = (float)(decoded[i] - most) * unit;
     }
 }
 
@@ -308,23 +338,23 @@ ALWAYS void rows_vnni(const int bits, const int tokens, const Matrix *m, const I
 }
 
 #define TOKENS(bits) \
-    case bits: \
-        for (int64_t t = 0; t < n;) { \
-            if (n - t >= 4) \
-                rows_vnni(bits, 4, m, in, t, from, to, y, stride), t += 4; \
-            else if (n - t >= 2) \
-                rows_vnni(bits, 2, m, in, t, from, to, y, stride), t += 2; \
-            else \
-                rows_vnni(bits, 1, m, in, t, from, to, y, stride), t += 1; \
-        } \
-        return;
+    for (int64_t t = 0; t < n;) { \
+        if (n - t >= 4) \
+            rows_vnni(bits, 4, m, in, t, from, to, y, stride), t += 4; \
+        else if (n - t >= 2) \
+            rows_vnni(bits, 2, m, in, t, from, to, y, stride), t += 2; \
+        else \
+            rows_vnni(bits, 1, m, in, t, from, to, y, stride), t += 1; \
+    }
 #endif
 
 /* y[t * stride + row] for n tokens and the rows from, ..., to - 1 */
 static void rows(const Matrix *m, const Inputs *in, int64_t n, int64_t from, int64_t to, float *y, int64_t stride) {
 #if VNNI
-    if (fast(m))
-        switch (m->bits) { TOKENS(2) TOKENS(3) TOKENS(4) TOKENS(5) TOKENS(6) TOKENS(7) TOKENS(8) }
+    if (fast(m)) {
+        FOR_BITS(m->bits, TOKENS)
+        return;
+    }
 #endif
     float weights[PIECE];
     for (int64_t row = from; row < to; row++)
@@ -357,9 +387,9 @@ typedef struct { /* tasks 0, ..., count - 1: each thread has a run of them, as m
 
 static void share(Tasks *tasks, int64_t count, int threads) {
     tasks->count = count;
-    tasks->threads = threads;
-    for (int64_t k = 0; k < threads; k++)
-        tasks->at[k].next = count * k / threads;
+    tasks->threads = least(threads, THREADS);
+    for (int64_t k = 0; k < tasks->threads; k++)
+        tasks->at[k].next = count * k / tasks->threads;
 }
 
 /* A task of this thread's run, and when it is done one of another's, whose thread may be waiting for a processor. */
@@ -429,16 +459,21 @@ int packed_lift(MATRIX, int64_t heads, int64_t first, int64_t size, const float 
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (heads * size * width > CHUNK)
     for (int64_t task = 0; task < heads * pieces; task++) {
         const int64_t h = task / pieces, at = task % pieces * (PIECE / 2), some = least(PIECE / 2, width - at);
-        float weights[PIECE / 2];
+        float weights[4][PIECE / 2];
         for (int64_t t = 0; t < n; t++)
             memset(y + (t * heads + h) * width + at, 0, some * sizeof(float));
-        for (int64_t i = 0; i < size; i++) {
-            unpack_piece(&m, h * stride + first + i, at, some, weights);
+        for (int64_t i = 0; i < size; i += 4) { /* 4 rows at once, as a sum is read and written each time */
+            for (int64_t k = 0; k < 4; k++)
+                if (i + k < size)
+                    unpack_piece(&m, h * stride + first + i + k, at, some, weights[k]);
+                else
+                    memset(weights[k], 0, some * sizeof(float));
             for (int64_t t = 0; t < n; t++) {
-                const float factor = x[(t * heads + h) * size + i];
-                float *restrict out = y + (t * heads + h) * width + at;
+                float factor[4] = {0}, *restrict out = y + (t * heads + h) * width + at;
+                memcpy(factor, x + (t * heads + h) * size + i, least(4, size - i) * sizeof(float));
                 for (int64_t c = 0; c < some; c++)
-                    out[c] += factor * weights[c];
+                    out[c] += factor[0] * weights[0][c] + factor[1] * weights[1][c] + factor[2] * weights[2][c] +
+                              factor[3] * weights[3][c];
             }
         }
     }
@@ -481,19 +516,23 @@ static Matrix pick(const Stack *stack, int64_t slot) {
 }
 
 /* y [count, D]: what the experts in those slots make of one token x [D]. gate_up: matrices [2 I, D], gate rows first;
-down: [D, I]. */
+down: [D, I]. Nobody waits for all: an expert's middle is ready when the last of its own rows is. */
 int packed_experts(const Stack *gate_up, const Stack *down, const int64_t *slots, int64_t count, const float *x, float *y,
                    int threads) {
     const int64_t hidden = gate_up->first.width, width = down->first.width;
     const int64_t up_chunk = chunk_rows(&gate_up->first), up_chunks = upto(width, up_chunk);
     const int64_t down_chunk = chunk_rows(&down->first), down_chunks = upto(hidden, down_chunk);
     float *middle = room(2 * count * width * sizeof(float)); /* gate, then up, of each */
+    _Atomic int64_t *unfinished = room(count * sizeof(int64_t)); /* tasks before an expert's middle is; then -1 */
     Inputs in = {0}, inner = {0};
-    int failed = !middle || open_inputs(&gate_up->first, x, 1, &in) || open_inputs(&down->first, middle, count, &inner);
+    int failed = !middle || !unfinished || open_inputs(&gate_up->first, x, 1, &in) ||
+                 open_inputs(&down->first, middle, count, &inner);
     if (!failed) {
         Tasks first, second;
         share(&first, count * up_chunks, threads);
         share(&second, count * down_chunks, threads);
+        for (int64_t k = 0; k < count; k++)
+            unfinished[k] = up_chunks;
         quantise(&gate_up->first, &in, 0);
 #pragma omp parallel num_threads(threads)
         {
@@ -506,19 +545,21 @@ int packed_experts(const Stack *gate_up, const Stack *down, const int64_t *slots
                 rows(&m, &in, 1, width + from, width + to, up - width, 0);
                 for (int64_t i = from; i < to; i++)
                     gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+                if (--unfinished[k] == 0) {
+                    quantise(&down->first, &inner, k);
+                    unfinished[k] = -1;
+                }
             }
-#pragma omp barrier
-#pragma omp for
-            for (int64_t k = 0; k < count; k++)
-                quantise(&down->first, &inner, k);
             for (int64_t task; (task = next_task(&second, omp_get_thread_num())) >= 0;) {
                 const int64_t k = task / down_chunks, from = task % down_chunks * down_chunk;
                 const Matrix m = pick(down, slots[k]);
                 const Inputs own = every_input(inner, k, 1);
+                while (unfinished[k] >= 0)
+                    sched_yield();
                 rows(&m, &own, 1, from, least(hidden, from + down_chunk), y + k * hidden, 0);
             }
         }
     }
-    free(in.q), free(inner.q), free(middle);
+    free(in.q), free(inner.q), free(middle), free(unfinished);
     return failed;
 }

@@ -58,10 +58,12 @@ def measured() -> Measured:
 
 
 @linux
-def test_it_measures_what_was_asked_and_says_how(small, folder):
-    stages, threads = [], torch.get_num_threads()
+def test_it_measures_what_was_asked_and_says_how(small, folder, monkeypatch):
+    stages, threads, really, reading = [], torch.get_num_threads(), diskspeed._round, []
+    monkeypatch.setattr(diskspeed, "_round", lambda *known: (reading.append(len(known[1])), really(*known))[1])
     got = measure(folder, "cpu", stages.append, block=MIB, readers=(1, 3))
     assert [rate.at for rate in got.disk] == [1, 3] and all(len(rate.readings) == 2 for rate in got.disk)
+    assert reading == [1, 3, 1, 3]
     assert [rate.at for rate in got.memory] == sorted({1, threads})
     assert torch.get_num_threads() == threads
     assert got.link is None and got.device_memory is None and got.device == "cpu"

@@ -103,6 +103,13 @@ def test_what_was_measured_is_told_and_reckoned_with(measured, monkeypatch):
     assert wide.state == WARN and f"{read * (16 / 4.13) / 2e9:.1f} s a token" in wide.found
 
 
+def test_a_measurement_of_a_busy_machine_is_to_be_repeated(measured, monkeypatch):
+    assert expectations(monkeypatch, free=20e9)["measured"].state == OK
+    replace(measured, load=measured.cores * 0.6).save()
+    check = expectations(monkeypatch, free=20e9)["measured"]
+    assert check.state == WARN and "again" in check.remedy
+
+
 def test_a_measurement_of_another_machine_is_not_used(measured, monkeypatch):
     replace(measured, cores=measured.cores + 1).save()
     monkeypatch.setattr(bandwidth, "glance", lambda device: 7e9)

@@ -148,6 +148,8 @@ def test_every_policy_does_what_a_plain_simulation_does(seed, skew):
 @pytest.mark.parametrize("most", [1, 4])
 def test_a_short_memory_is_lru_and_a_long_one_lfu(most):
     accesses = chance(7, passes=60, experts=9, most=most, skew=0.8)
+    with np.errstate(over="raise"):
+        decayed(accesses, 5, 1e-320)  # 2^(passes / that) is no number any more, which warns of nothing
     for capacity in range(1, 19):
         recent, often = lru(accesses, capacity), decayed(accesses, capacity, math.inf)
         for half_life in (0, 1e-320, 1e-3):
@@ -314,6 +316,8 @@ def test_a_layer_visited_twice_in_a_pass_counts_its_blocks_once():
     accesses = Accesses([0, 1, 2, 3], [0] * 4, [5, 5, 5, 6], [7, 7, 9, 9], blocks=8)
     assert working_set(accesses, [1, 2])["mean"].tolist() == [1.5, 2]
     assert reuse(accesses, [1])["observed"].item() == 1 and lru(accesses, 1).tolist() == [False, True, True, False]
+    once = Accesses([0, 1, 2], [0] * 3, [5, 5, 6], [7, 7, 9], blocks=8)
+    assert reuse(once, [1])["observed"].item() == 0  # the same pass is not a later one
 
 
 def test_reuse_counts_uses_that_come_again_soon_enough():
@@ -343,6 +347,11 @@ def test_draws_by_chance_are_reused_as_chance_has_it_and_a_habit_is_not():
         never = [math.comb(399 - within, use - 1) / math.comb(399, use - 1) for use in uses]
         assert row["null_mean"] == pytest.approx(1 - (uses * never).sum() / uses.sum(), abs=0.005)
     assert reuse(accesses_of(visits), rounds=5, seed=2).equals(reuse(accesses_of(visits), rounds=5, seed=2))
+
+
+def test_less_reuse_than_by_chance_is_told_as_well():
+    table = reuse(accesses_of([[0], [1]] * 30), [1], rounds=50)
+    assert table["observed"].item() == table["ratio"].item() == 0 and table["outside"].item()
 
 
 def test_what_is_used_once_has_no_null_to_be_compared_with():

@@ -287,7 +287,9 @@ def _expectations() -> Iterator[Check]:
     if measured is not None:
         reading, disk = measured.reading(device), bandwidth.fastest(measured.disk)
         yield from (Check(section, name, OK, found) for name, found in measured.lines())
-        yield Check(section, "measured", OK, measured.how)
+        busy = measured.load > measured.cores / 2
+        remedy = "workbench doctor --measure again when less is running" if busy else ""
+        yield Check(section, "measured", WARN if busy else OK, measured.how, remedy)
     speed = bandwidth.glance(device) if reading is None else reading.median
     if reading is None:
         yield Check(section, "bandwidth", OK, f"{speed / GB:.0f} GB/s read from {where}, measured just now", MEASURE)

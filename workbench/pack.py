@@ -11,7 +11,6 @@ A matrix whose codec has several parts is stored as tensors NAME:0, NAME:1 and s
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +23,7 @@ from workbench.codec import Codec
 from workbench.config import Config
 from workbench.errors import CheckpointError, RequestError
 from workbench.matrix import Matrix
-from workbench.packfile import CHECKSUMS, Entry, PackFile
+from workbench.packfile import Entry, PackFile, write_json
 from workbench.recipe import Recipe
 from workbench.weights import expert_layout
 
@@ -32,6 +31,7 @@ DESCRIPTION = "packed.json"
 KIND, VERSION = "deepseek-workbench packed checkpoint", 1
 # A damaged one would change tokens and nobody would notice. The other files beside the weights are settings to edit.
 SEALED = ("config.json", "tokenizer.json")
+_AGAIN = "Copy the whole directory again, or pack it again."
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -90,7 +90,7 @@ class Pack:
             recipe = Recipe.from_list(said["recipe"]["name"], said["recipe"]["rules"])
             config = Config.from_json(path / "config.json")
             pack = cls(path, config, recipe, said["files"], said["synthetic"], said["notes"])
-            wrong, sealed = said["checksum"] != pack.checksum, said["sealed"]
+            wrong, sealed = said["checksum"] != pack.checksum, dict(said["sealed"])
         except (OSError, ValueError, KeyError, TypeError, RequestError) as error:
             raise CheckpointError(f"{where}: describes no packed checkpoint ({error}). Pack it again.") from None
         if wrong:
@@ -102,23 +102,23 @@ class Pack:
                     f"{path / name}: {'missing' if found is None else f'{found:,} bytes'} where {about['bytes']:,} "
                     "were written. Copy it again, or go on with the same `workbench pack`."
                 )
-        for name, digest in _sealed(path).items() | sealed.items():
-            if _sealed(path).get(name) != digest:
-                raise CheckpointError(f"{path / name} is not the one that was packed: {_AGAIN}")
+        found = _sealed(path)
+        if changed := [name for name in sealed if found.get(name) != sealed[name]]:
+            raise CheckpointError(f"{path / changed[0]} is not the one that was packed. {_AGAIN}")
         return pack
 
     def open_file(self, name: str, direct: bool = False) -> PackFile:
         """One of `files`. CheckpointError where it is not the one that is listed."""
         file = PackFile(self.path / name, direct)
         if described(file) != self.files.get(name):
-            raise CheckpointError(f"{file.path} is not the file that {DESCRIPTION} lists under that name: {_AGAIN}")
+            raise CheckpointError(f"{file.path} is not the file that {DESCRIPTION} lists under that name. {_AGAIN}")
         return file
 
     def write(self) -> None:
         """Writes config.json and packed.json: what makes the directory a checkpoint, so it comes last."""
         said = {"quantization_config": {"quant_method": "deepseek-workbench", "recipe": self.recipe.name}}
-        _write(self.path / "config.json", self.config.to_dict() | said)
-        _write(self.path / DESCRIPTION, {
+        write_json(self.path / "config.json", self.config.to_dict() | said)
+        write_json(self.path / DESCRIPTION, {
             "kind": KIND, "version": VERSION, "synthetic": self.synthetic, "notes": self.notes,
             "recipe": {"name": self.recipe.name, "rules": self.recipe.rules},
             "checksum": self.checksum, "files": self.files, "sealed": _sealed(self.path),
@@ -227,12 +227,3 @@ class Shelf:
 def _sealed(path: Path) -> dict[str, str]:
     files = (path / name for name in SEALED)
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
-
-
-def _write(file: Path, content: dict) -> None:
-    part = file.with_name(f"{file.name}.part")
-    with part.open("w", encoding="utf-8") as opened:
-        opened.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        opened.flush()
-        os.fsync(opened.fileno())
-    part.replace(file)

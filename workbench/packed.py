@@ -40,7 +40,7 @@ def lift(content: torch.Tensor, kv_up: Matrix) -> torch.Tensor | None:
         return None
     heads = content.shape[-2]
     flat = content.flatten(0, 1).float().contiguous()
-    lifted = kernel.lift(flat, kv_up.codec, kv_up.parts, len(kv_up) // heads, 0)
+    lifted = kernel.lift(flat, kv_up.codec, kv_up.parts, kv_up.width, len(kv_up) // heads)
     return lifted.to(content.dtype).view(*content.shape[:-1], kv_up.width)
 
 

@@ -37,8 +37,8 @@ class Entry(NamedTuple):
 class PackWriter:
     """Writes a file tensor by tensor, in the order of `entries`: `with PackWriter(...) as file: file.write(tensor)`.
 
-    Until it is complete and on the disk it has the suffix .part. An error or an interrupt removes that, a killed process
-    leaves it; of the name itself there is a whole file or none.
+    Until it is complete and on the disk it has the suffix .part. An error or an interrupt removes that, a killed
+    process leaves it; of the name itself there is a whole file or none.
     """
 
     def __init__(self, path: Path, entries: Iterable[Entry], metadata: dict[str, str]):
@@ -177,3 +177,16 @@ def _open_direct(path: Path) -> int | None:
         if descriptor is not None:
             os.close(descriptor)
         return None
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Whole and on the disk, or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as opened:
+            opened.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            opened.flush()
+            os.fsync(opened.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
