@@ -382,11 +382,13 @@ static void rows(const Matrix *m, const Inputs *in, int64_t n, int64_t from, int
 #define THREADS 64
 typedef struct { /* tasks 0, ..., count - 1: each thread has a run of them, as memory is read best in a row */
     int64_t count, threads;
+    _Atomic int64_t done; /* threads that found no more */
     struct { _Alignas(64) _Atomic int64_t next; } at[THREADS];
 } Tasks;
 
 static void share(Tasks *tasks, int64_t count, int threads) {
     tasks->count = count;
+    tasks->done = 0;
     tasks->threads = least(threads, THREADS);
     for (int64_t k = 0; k < tasks->threads; k++)
         tasks->at[k].next = count * k / tasks->threads;
@@ -403,6 +405,14 @@ static int64_t next_task(Tasks *tasks, int thread) {
         }
     }
     return -1;
+}
+
+/* Waits for the other threads, and gives them the processor: where the system is busy, one may not have begun, and OpenMP
+would count to 300000 in its place. */
+static void meet(Tasks *tasks) {
+    tasks->done++;
+    while (tasks->done < omp_get_num_threads())
+        sched_yield();
 }
 
 /* ---- what is called ---- */
@@ -425,57 +435,77 @@ int packed_matvec(MATRIX, const float *x, int64_t n, float *y, int threads) {
     Tasks tasks;
     share(&tasks, upto(count, chunk), threads);
 #pragma omp parallel num_threads(threads) if (count > chunk)
-    for (int64_t task; (task = next_task(&tasks, omp_get_thread_num())) >= 0;)
-        rows(&m, &in, n, task * chunk, least(count, (task + 1) * chunk), y, count);
+    {
+        for (int64_t task; (task = next_task(&tasks, omp_get_thread_num())) >= 0;)
+            rows(&m, &in, n, task * chunk, least(count, (task + 1) * chunk), y, count);
+        meet(&tasks);
+    }
     free(in.q);
     return 0;
+}
+
+static void unpack_row(const Matrix *m, int64_t row, void *out, int bf16) {
+    float piece[PIECE];
+    for (int64_t at = 0; at < m->width; at += PIECE) {
+        const int64_t size = least(PIECE, m->width - at), start = row * m->width + at;
+        unpack_piece(m, row, at, size, bf16 ? piece : (float *)out + start);
+        for (int64_t i = 0; bf16 && i < size; i++)
+            ((uint16_t *)out)[start + i] = brain(piece[i]);
+    }
 }
 
 /* Rows of a matrix [count, width] as fp32, or as bf16. */
 int packed_unpack(MATRIX, void *out, int bf16, int threads) {
     const Matrix m = AS_MATRIX;
-#pragma omp parallel for num_threads(threads) if (count * width > 4 * CHUNK)
-    for (int64_t row = 0; row < count; row++)
-        for (int64_t at = 0; at < width; at += PIECE) {
-            float piece[PIECE];
-            int64_t size = least(PIECE, width - at);
-            if (!bf16) {
-                unpack_piece(&m, row, at, size, (float *)out + row * width + at);
-                continue;
-            }
-            unpack_piece(&m, row, at, size, piece);
-            uint16_t *to = (uint16_t *)out + row * width + at;
-            for (int64_t i = 0; i < size; i++)
-                to[i] = brain(piece[i]);
-        }
+    const int64_t chunk = chunk_rows(&m);
+    Tasks tasks;
+    share(&tasks, upto(count, chunk), threads);
+#pragma omp parallel num_threads(threads) if (count > chunk)
+    {
+        for (int64_t task; (task = next_task(&tasks, omp_get_thread_num())) >= 0;)
+            for (int64_t row = task * chunk; row < least(count, (task + 1) * chunk); row++)
+                unpack_row(&m, row, out, bf16);
+        meet(&tasks);
+    }
     return 0;
+}
+
+#define LIFTED 256 /* columns that are lifted at once */
+
+static void lift_piece(const Matrix *m, int64_t h, int64_t at, int64_t heads, int64_t first, int64_t size,
+                       const float *x, int64_t n, float *y) {
+    const int64_t count = least(LIFTED, m->width - at), row = m->count / heads * h + first;
+    float weights[4][LIFTED];
+    for (int64_t t = 0; t < n; t++)
+        memset(y + (t * heads + h) * m->width + at, 0, count * sizeof(float));
+    for (int64_t i = 0; i < size; i += 4) { /* 4 rows at once, as a sum is read and written each time */
+        for (int64_t k = 0; k < 4; k++)
+            if (i + k < size)
+                unpack_piece(m, row + i + k, at, count, weights[k]);
+            else
+                memset(weights[k], 0, count * sizeof(float));
+        for (int64_t t = 0; t < n; t++) {
+            float factor[4] = {0}, *restrict out = y + (t * heads + h) * m->width + at;
+            memcpy(factor, x + (t * heads + h) * size + i, least(4, size - i) * sizeof(float));
+            for (int64_t c = 0; c < count; c++)
+                out[c] += factor[0] * weights[0][c] + factor[1] * weights[1][c] + factor[2] * weights[2][c] +
+                          factor[3] * weights[3][c];
+        }
+    }
 }
 
 /* y [n, heads, width]: sum over i < size of x [n, heads, size] times row h * stride + first + i */
 int packed_lift(MATRIX, int64_t heads, int64_t first, int64_t size, const float *x, int64_t n, float *y,
                 int threads) {
     const Matrix m = AS_MATRIX;
-    const int64_t stride = count / heads, pieces = upto(width, PIECE / 2);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (heads * size * width > CHUNK)
-    for (int64_t task = 0; task < heads * pieces; task++) {
-        const int64_t h = task / pieces, at = task % pieces * (PIECE / 2), some = least(PIECE / 2, width - at);
-        float weights[4][PIECE / 2];
-        for (int64_t t = 0; t < n; t++)
-            memset(y + (t * heads + h) * width + at, 0, some * sizeof(float));
-        for (int64_t i = 0; i < size; i += 4) { /* 4 rows at once, as a sum is read and written each time */
-            for (int64_t k = 0; k < 4; k++)
-                if (i + k < size)
-                    unpack_piece(&m, h * stride + first + i + k, at, some, weights[k]);
-                else
-                    memset(weights[k], 0, some * sizeof(float));
-            for (int64_t t = 0; t < n; t++) {
-                float factor[4] = {0}, *restrict out = y + (t * heads + h) * width + at;
-                memcpy(factor, x + (t * heads + h) * size + i, least(4, size - i) * sizeof(float));
-                for (int64_t c = 0; c < some; c++)
-                    out[c] += factor[0] * weights[0][c] + factor[1] * weights[1][c] + factor[2] * weights[2][c] +
-                              factor[3] * weights[3][c];
-            }
-        }
+    const int64_t pieces = upto(width, LIFTED);
+    Tasks tasks;
+    share(&tasks, heads * pieces, threads);
+#pragma omp parallel num_threads(threads) if (heads * size * width > CHUNK)
+    {
+        for (int64_t task; (task = next_task(&tasks, omp_get_thread_num())) >= 0;)
+            lift_piece(&m, task / pieces, task % pieces * LIFTED, heads, first, size, x, n, y);
+        meet(&tasks);
     }
     return 0;
 }
@@ -488,15 +518,20 @@ int packed_lower(MATRIX, int64_t heads, int64_t first, int64_t size, const float
     const int64_t stride = count / heads;
     if (open_inputs(&all, x, n * heads, &in))
         return 1;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (heads * size * width > CHUNK)
-    for (int64_t h = 0; h < heads; h++) {
-        const int64_t row = h * stride + first;
-        const Inputs own = every_input(in, h, heads);
-        for (int64_t t = 0; t < n; t++)
-            quantise(&all, &in, t * heads + h);
-        const Matrix m = {codes + row * row_bytes(&all), part ? part + row * row_groups(&all) : NULL, whole + row,
-                          count - row, width, bits, group};
-        rows(&m, &own, n, 0, size, y + h * size, heads * size);
+    Tasks tasks;
+    share(&tasks, heads, threads);
+#pragma omp parallel num_threads(threads) if (heads * size * width > CHUNK)
+    {
+        for (int64_t h; (h = next_task(&tasks, omp_get_thread_num())) >= 0;) {
+            const int64_t row = h * stride + first;
+            const Inputs own = every_input(in, h, heads);
+            for (int64_t t = 0; t < n; t++)
+                quantise(&all, &in, t * heads + h);
+            const Matrix m = {codes + row * row_bytes(&all), part ? part + row * row_groups(&all) : NULL, whole + row,
+                              count - row, width, bits, group};
+            rows(&m, &own, n, 0, size, y + h * size, heads * size);
+        }
+        meet(&tasks);
     }
     free(in.q);
     return 0;
@@ -558,6 +593,7 @@ int packed_experts(const Stack *gate_up, const Stack *down, const int64_t *slots
                     sched_yield();
                 rows(&m, &own, 1, from, least(hidden, from + down_chunk), y + k * hidden, 0);
             }
+            meet(&second);
         }
     }
     free(in.q), free(inner.q), free(middle), free(unfinished);

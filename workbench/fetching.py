@@ -42,9 +42,8 @@ class Fetching:
 
     def __init__(self, store: Tiers, layer: int, ids: torch.Tensor):
         self.store, self.layer, self.ids, self.device = store, layer, ids.cpu(), ids.device
-        experts, times = self.ids.unique(return_counts=True)
         self.first = store.place[layer] * store.experts
-        self.keys, self.times = experts.numpy() + self.first, times.numpy()
+        self.keys = self.ids.unique().numpy() + self.first
         self.unread: deque[int] = deque()
         self.reading: dict[Future, int] = {}
         self.behind: dict[int, ExitStack] = {}
@@ -56,9 +55,8 @@ class Fetching:
         """Sees what is where, and starts to read what is only on the shelf."""
         store = self.store
         self._take_early()
-        for times in np.unique(self.times):
-            store.worth.use(self.keys[self.times == times], store.passes, float(times))
-        here = store.near.find(self.keys) >= 0
+        store.worth.use(self.keys, store.passes)
+        self.here = here = store.near.find(self.keys) >= 0
         self.near = int(here.sum())
         if self.near:
             self._make_ready(store.near, self.keys[here])
@@ -105,7 +103,7 @@ class Fetching:
         needed = len(self.keys)
         return Visit(
             self.store.passes, self.layer, len(self.ids), needed, self.near, self.far, needed - self.near - self.far,
-            self.computed_far, self.early, self.waited,
+            self.computed_far, self.early, self.waited, perf_counter(),
         )  # fmt: skip
 
     def _take_early(self) -> None:

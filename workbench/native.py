@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from workbench.codec import Codec, Codes, Groups, Parts
-from workbench.errors import RequestError
+from workbench.errors import BudgetError, RequestError
 from workbench.machine import cpu_flags
 from workbench.matrix import Matrix
 
@@ -164,7 +165,7 @@ def missing() -> str | None:
 def _opened() -> tuple[Kernel | None, str | None]:
     try:
         return opened(), None
-    except (OSError, subprocess.SubprocessError, _MissingError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError, _MissingError) as error:
         return None, " ".join(str(error).split())
 
 
@@ -180,7 +181,7 @@ def opened(*flags: str) -> Kernel:
     if source is None:
         raise _MissingError("packed.c of the kernels is not installed")
     names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    compiler = next((found for name in names if (found := shutil.which(name))), None)
+    compiler = next((words for name in names if (words := shlex.split(name)) and shutil.which(words[0])), None)
     if compiler is None:
         raise _MissingError(f"no C compiler: looked for {', '.join(names)}; install gcc, or set CC")
     built = _library(compiler, source, (*FLAGS, *flags))
@@ -190,9 +191,9 @@ def opened(*flags: str) -> Kernel:
     return kernel
 
 
-def _library(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
+def _library(compiler: list[str], source: Path, flags: tuple[str, ...]) -> Path:
     """Where the library is, compiled now if it was not before for this source, compiler, processor and flags."""
-    version = _run([compiler, "--version"])
+    version = _run([*compiler, "--version"])
     key = "\n".join([source.read_text(encoding="utf-8"), version, *flags, *sorted(cpu_flags())])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-workbench"
     path = home / f"packed-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
@@ -201,9 +202,9 @@ def _library(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as folder:
         code, built = Path(folder, "packed.o"), Path(folder, "packed.so")
-        _run([compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(code)])
+        _run([*compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(code)])
         # without -fopenmp: a second OpenMP library beside torch's would have threads of its own
-        _run([compiler, "-shared", str(code), "-lm", "-o", str(built)])
+        _run([*compiler, "-shared", str(code), "-lm", "-o", str(built)])
         content = built.read_bytes()
         built.write_bytes(content + hashlib.sha256(content).digest())
         built.replace(path)  # at once: another process finds all of it or nothing
@@ -300,4 +301,4 @@ def _check_input(x: torch.Tensor, dims: int) -> None:
 
 def _done(failed: int) -> None:
     if failed:
-        raise MemoryError("the compiled kernel found no memory for its activations.")
+        raise BudgetError("no memory for the activations of a packed product: free some, or give fewer tokens at once.")

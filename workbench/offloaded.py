@@ -139,7 +139,7 @@ class Offloaded:
                         yield source.bank, visit.choices(source, keys)
             finally:
                 visit.end()
-            self.transfers.add(visit.seen(), visit.keys)
+            self.transfers.add(visit.seen(), visit.keys, visit.here)
 
     def fetch(self, key: int) -> Future:
         """Starts to read an expert from the shelf into a slot that is claimed for it."""

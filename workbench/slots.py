@@ -21,16 +21,17 @@ class Worth:
     """
 
     def __init__(self, keys: int, half_life: float):
-        self.half_life = half_life
+        self.half_life, self.visits = half_life, 0
         self.value = np.full(keys, -np.inf)
         self.pinned = np.zeros(keys, dtype=bool)
 
-    def use(self, keys: np.ndarray, now: int, times: float = 1.0) -> None:
-        """`times` uses of each of the keys in pass `now`."""
+    def use(self, keys: np.ndarray, now: int) -> None:
+        """One visit in pass `now` uses each of the keys, for however many tokens."""
+        self.visits += 1
         if self.half_life == 0:
-            self.value[keys] = now
+            self.value[keys] = self.visits
         else:
-            self.value[keys] = np.logaddexp2(self.value[keys], now / self.half_life + math.log2(times))
+            self.value[keys] = np.logaddexp2(self.value[keys], now / self.half_life)
 
     def pin(self, keys: Sequence[int]) -> None:
         """These go only when nothing else can."""

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-COLUMNS = ("moving", "layer", "tokens", "needed", "near", "far", "disk", "computed_far", "early", "waited")
+COLUMNS = ("moving", "layer", "tokens", "needed", "near", "far", "disk", "computed_far", "early", "waited", "at")
 NEAR, FAR, DISK, MOVING = 0, 1, 2, 3  # where an expert is
 
 
@@ -23,6 +23,7 @@ class Visit(NamedTuple):
     computed_far: int
     early: int
     waited: float
+    at: float
 
 
 class Transfers:
@@ -33,17 +34,21 @@ class Transfers:
         self._rows = np.zeros((256, len(COLUMNS)))
         self._keys = np.zeros(2048, dtype=np.int32)
         self._of = np.zeros(2048, dtype=np.int32)
+        self._hits = np.zeros(2048, dtype=bool)
         self.asked = 0
 
-    def add(self, visit: Visit, keys: np.ndarray) -> None:
+    def add(self, visit: Visit, keys: np.ndarray, hits: np.ndarray) -> None:
+        """`hits`: which of the keys were near."""
         if self.visits == len(self._rows):
             self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
         while self.asked + len(keys) > len(self._keys):
             self._keys = np.concatenate([self._keys, np.zeros_like(self._keys)])
             self._of = np.concatenate([self._of, np.zeros_like(self._of)])
+            self._hits = np.concatenate([self._hits, np.zeros_like(self._hits)])
         self._rows[self.visits] = visit
         self._keys[self.asked : self.asked + len(keys)] = keys
         self._of[self.asked : self.asked + len(keys)] = self.visits
+        self._hits[self.asked : self.asked + len(keys)] = hits
         self.visits += 1
         self.asked += len(keys)
 
@@ -57,10 +62,11 @@ class Transfers:
         """For every expert asked for: the number of the visit, and its key, MoE layer number x experts + expert."""
         return self._of[: self.asked], self._keys[: self.asked]
 
-    def since(self, visit: int) -> np.ndarray:
-        """The rows from that visit on."""
-        return self._rows[visit : self.visits]
+    @property
+    def hits(self) -> np.ndarray:
+        """For every expert asked for, whether it was near."""
+        return self._hits[: self.asked]
 
     @property
     def nbytes(self) -> int:
-        return self._rows.nbytes + self._keys.nbytes + self._of.nbytes
+        return self._rows.nbytes + self._keys.nbytes + self._of.nbytes + self._hits.nbytes
