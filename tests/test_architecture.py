@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 # imports go down or stay level, never up and never round
 FLOORS = {
-    9: ["__main__", "doctor", "lab", "terminal", "recording", "replaying", "claims"],
+    9: ["__main__", "arguments", "doctor", "lab", "terminal", "recording", "replaying", "claims"],
     8: ["widgets", "exercises"],
     7: ["workbench", "session", "turns", "worker", "meter", "timeline", "evals", "train", "benchmarks"],
     6: ["engine", "stream", "watching"],

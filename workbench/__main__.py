@@ -4,22 +4,21 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
-from workbench import __version__
+from workbench.arguments import SAMPLING, parser
 from workbench.errors import RequestError, WorkbenchError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 where the doctor found something broken, or 2 where what was asked cannot be done."""
-    parser = _parser()
-    options, extra = parser.parse_known_args(arguments)
+    words = parser()
+    options, extra = words.parse_known_args(arguments)
     opens_lab = options.command == "lab" or options.command == "replay" and not options.text
     if extra and not opens_lab:
-        parser.error(f"unrecognised arguments: {' '.join(extra)}")
+        words.error(f"unrecognised arguments: {' '.join(extra)}")
     options.extra = extra
     try:
-        return options.run(options)
+        return COMMANDS[options.command](options)
     except WorkbenchError as error:
         print(f"workbench: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -30,110 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 141
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="workbench", description="Talk to a DeepSeek-V2 model and see inside it.")
-    parser.add_argument("--version", action="version", version=f"workbench {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    lab = commands.add_parser("lab", help="open the notebooks in JupyterLab; further arguments go to JupyterLab")
-    lab.add_argument("--folder", type=Path, default=Path("workbench-notebooks"), help="where to copy them if need be")
-    lab.set_defaults(run=_lab)
-
-    chat = commands.add_parser("chat", help="talk in the terminal")
-    _model(chat)
-    chat.add_argument("--prompt", help="ask this, print the answer and end")
-    chat.add_argument("--system", default="", help="what the model is told first")
-    _sampling(chat)
-    chat.add_argument("--json", action="store_true", help="with --prompt: text, tokens and timings as JSON")
-    chat.set_defaults(run=_chat)
-
-    trace = commands.add_parser("trace", help="record the answers to a file of prompts as one trace")
-    trace.add_argument("prompts", type=Path, help='one a line; or .jsonl of {"prompt"} or {"messages"}, and "label"')
-    trace.add_argument("--out", type=Path, required=True, help="where the trace goes, a parquet file")
-    _model(trace)
-    _sampling(trace)
-    how = trace.add_mutually_exclusive_group()
-    how.add_argument("--chat", action="store_true", default=True, help="a prompt is a user's message (the default)")
-    how.add_argument(
-        "--raw", action="store_false", dest="chat", help="a prompt is a text, to be continued as it stands"
-    )
-    trace.add_argument("--label", help="what the prompts are, such as a language; goes into the trace")
-    trace.add_argument("--edit", action="append", default=[], metavar="JSON", help="repeatable; see workbench/edits.py")
-    trace.add_argument("--scores", action="store_true", help="also every router probability")
-    trace.add_argument("--slots", type=int, default=8, help="prompts answered at the same time")
-    trace.add_argument("--force", action="store_true", help="replace --out")
-    trace.add_argument("--json", action="store_true")
-    trace.set_defaults(run=_trace)
-
-    replay = commands.add_parser(
-        "replay", help="open a saved trace, or two side by side; further arguments go to JupyterLab"
-    )
-    replay.add_argument("traces", type=Path, nargs="+", metavar="FILE", help="saved by `workbench trace` or trace.save")
-    replay.add_argument("--folder", type=Path, default=Path("workbench-replays"), help="where the notebook goes")
-    replay.add_argument("--text", action="store_true", help="only print what is in it")
-    replay.set_defaults(run=_replay)
-
-    doctor = commands.add_parser("doctor", help="what this machine has, what is missing, what will run fast")
-    doctor.add_argument("--json", action="store_true")
-    doctor.set_defaults(run=_doctor)
-
-    train = commands.add_parser("train", help="train the model that ships with the package")
-    train.add_argument("what", choices=["pocket"])
-    train.add_argument("--out", type=Path, default=Path("runs/pocket"), help="where the checkpoint goes")
-    train.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="of 2,048 tokens; fewer make a worse model")
-    train.add_argument("--rate", type=float, default=argparse.SUPPRESS, help="peak learning rate")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--start", type=Path, help="a checkpoint to go on from, with a fresh optimizer")
-    train.set_defaults(run=_train)
-
-    evaluate = commands.add_parser("eval", help="the held-out questions of pocket")
-    evaluate.add_argument("what", choices=["pocket"])
-    _model(evaluate)
-    evaluate.add_argument("--card", action="store_true", help="write README.md and exam.json beside the weights")
-    evaluate.add_argument("--json", action="store_true")
-    evaluate.set_defaults(run=_eval)
-
-    bench = commands.add_parser(
-        "bench", help="measure: this machine against transformers, what looking costs, what cache formats save and cost"
-    )
-    bench.add_argument("what", choices=["cpu", "probes", "cache", "schemes"])
-    bench.add_argument("--checkpoint", type=Path, help="a directory in the Hugging Face layout; pocket if not given")
-    bench.add_argument(
-        "--shape", choices=["28m", "200m"], default=argparse.SUPPRESS, help="random weights of about this size instead"
-    )
-    bench.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    bench.add_argument("--threads", type=int, help="all cores if not given")
-    bench.add_argument("--rounds", type=int, default=argparse.SUPPRESS, help="more settle what noise leaves open")
-    bench.add_argument("--context", type=int, default=argparse.SUPPRESS, help="of probes: tokens in the cache")
-    bench.add_argument("--formats", nargs="+", default=argparse.SUPPRESS, help='of cache: such as bf16 q6 "q6+128"')
-    bench.add_argument(
-        "--quick",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="of cache and schemes: less text, wider intervals",
-    )
-    bench.add_argument("--save", action="store_true", help="keep the result in kernels/results/")
-    bench.add_argument("--json", action="store_true")
-    bench.set_defaults(run=_bench)
-
-    claims = commands.add_parser("claims", help="what is said of DeepSeek-V2, and what is true of it, with evidence")
-    claims.add_argument("--json", action="store_true")
-    claims.set_defaults(run=_claims)
-    return parser
-
-
-def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="pocket", help='"pocket", a checkpoint directory or a hub id')
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-
-
-SAMPLING = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
-
-
-def _sampling(parser: argparse.ArgumentParser) -> None:
-    for name, kind in SAMPLING.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS)
+BUDGET = ("vram", "ram", "context")
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict:
@@ -144,7 +40,8 @@ def _given(options: argparse.Namespace, *names: str) -> dict:
 def _load(options: argparse.Namespace):
     from workbench.workbench import load
 
-    return load(options.model, device=options.device, dtype=options.dtype)
+    limits = _given(options, "recipe", *BUDGET)
+    return load(options.model, device=options.device, dtype=options.dtype, cache=options.cache, **limits)
 
 
 def _write(text: str) -> None:
@@ -202,9 +99,58 @@ def _replay(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from workbench.doctor import FAIL, examine
 
+    if options.measure:
+        from workbench.bandwidth import measure
+
+        measure(options.folder, progress=_note).save()
     report = examine()
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
     return int(report.state == FAIL)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from workbench.plan import Plan
+
+    plan = Plan.of(options.what, **_given(options, "recipe", "device", "dtype", "cache", "batch", *BUDGET))
+    print(json.dumps(plan.to_dict(), indent=2) if options.json else plan)
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from workbench.packing import pack, verify
+    from workbench.progress import Bar
+
+    bar = Bar(sys.stderr.write, sys.stderr.isatty())
+    if options.verify:
+        verify(options.source, bar)
+        print(json.dumps({"verified": str(options.source)}) if options.json else f"{options.source}: all is as written")
+        return 0
+    if options.out is None:
+        raise RequestError("say where the packed checkpoint goes: workbench pack SOURCE OUT.")
+    made = pack(options.source, options.out, options.recipe, progress=bar, force=options.force)
+    said = {"out": str(options.out), "recipe": made.recipe.name, "bytes": made.nbytes, "checksum": made.checksum}
+    print(json.dumps(said) if options.json else f"{options.out}: {made.nbytes / 1e9:,.2f} GB, checksum {made.checksum}")
+    return 0
+
+
+def _synth(options: argparse.Namespace) -> int:
+    from workbench.synth import Synth, disk_bytes
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done / 1e9:,.2f} of {total / 1e9:,.2f} GB\x1b[K", end="", file=sys.stderr, flush=True)
+
+    synth = Synth.named(options.what, options.recipe, options.seed, options.shared)
+    made = synth.write(options.out, progress)
+    taken = disk_bytes(options.out)
+    said = {"out": str(options.out), "bytes": made.nbytes, "on_disk": taken, "checksum": made.checksum}
+    text = f"{options.out}: random weights, {made.nbytes / 1e9:,.2f} GB, {taken / 1e9:,.2f} GB on disk"
+    print(json.dumps(said) if options.json else text)
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -258,7 +204,7 @@ def _bench(options: argparse.Namespace) -> int:
     if wrong:
         raise RequestError(f"{', '.join(wrong)} is not of `workbench bench {options.what}`.")
     if options.what == "cache":
-        told["progress"] = lambda stage: print(f"{stage} ...", file=sys.stderr)
+        told["progress"] = lambda stage: _note(f"{stage} ...")
     result = measure[options.what](options.checkpoint, dtype=options.dtype, threads=options.threads, **told)
     print(json.dumps(result.to_dict(), indent=2) if options.json else result)
     if options.save:
@@ -275,6 +221,11 @@ def _claims(options: argparse.Namespace) -> int:
     )
     return 0
 
+
+COMMANDS = {
+    "lab": _lab, "chat": _chat, "trace": _trace, "replay": _replay, "doctor": _doctor, "plan": _plan, "pack": _pack,
+    "synth": _synth, "train": _train, "eval": _eval, "bench": _bench, "claims": _claims,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())
