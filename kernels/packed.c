@@ -5,9 +5,9 @@ lowest bit; perhaps one part scale of 8 bits for each `group` of codes (part is 
 scale for the row. A weight is (code - most) * unit, most = 2^(bits - 1) - 1, unit = part / 255 * whole.
 
 One token reads every weight once, so the memory sets the pace, and what is computed must keep up with it. Where the
-processor has AVX512 VBMI and VNNI, activations become whole numbers of 16 bits with one scale for 64 of them, each split
-in two halves of 8 bits, and 64 codes are multiplied by 64 halves in one instruction. Rounding an activation errs by at
-most 2^-16 of the largest in its 64. Elsewhere the rows are unpacked to fp32 and multiplied: right, not fast.
+processor has AVX512 VBMI and VNNI, activations become whole numbers of 16 bits with one scale for 64 of them, each
+split in two halves of 8 bits; one instruction multiplies 64 codes by 64 halves. Rounding an activation errs by
+at most 2^-16 of the largest in its 64. Elsewhere the rows are unpacked to fp32 and multiplied: right, not fast.
 
 A row is summed in one order whatever the number of threads. Functions return 0, or 1 where there is no memory. */
 
@@ -117,7 +117,8 @@ ALWAYS void store_weights(__m128i codes, __m512i most, __m512 unit, float *out) 
     _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_cvtepu8_epi32(codes), most)), unit));
 }
 
-ALWAYS void unpack_groups(int bits, const uint8_t *codes, const uint8_t *part, float whole, int64_t groups, float *out) {
+ALWAYS void unpack_groups(int bits, const uint8_t *codes, const uint8_t *part, float whole, int64_t groups,
+                          float *out) {
     const __m512i most = _mm512_set1_epi32((1 << (bits - 1)) - 1);
     for (int64_t g = 0; g < groups; g++, codes += 8 * bits, out += GROUP) {
         const __m512 unit = _mm512_set1_ps(part ? part[g] / 255.0f * whole : whole);
@@ -155,8 +156,8 @@ ALWAYS void decode_some(int bits, const uint8_t *codes, int64_t count, uint8_t *
     case 8: CALL(8); break; \
     }
 
-/* Weights from, ..., from + count - 1 of a row, at most PIECE of them, as `unpack` of the codec computes them. `from` is
-a multiple of 8. */
+/* Weights from, ..., from + count - 1 of a row, at most PIECE of them, as `unpack` of the codec computes them. `from`
+is a multiple of 8. */
 static void unpack_piece(const Matrix *m, int64_t row, int64_t from, int64_t count, float *restrict out) {
     const float whole = half(m->whole[row]);
     const uint8_t *codes = m->codes + row * row_bytes(m) + from * m->bits / 8;
@@ -407,8 +408,8 @@ static int64_t next_task(Tasks *tasks, int thread) {
     return -1;
 }
 
-/* Waits for the other threads, and gives them the processor: where the system is busy, one may not have begun, and OpenMP
-would count to 300000 in its place. */
+/* Waits for the other threads, and gives them the processor: where the system is busy, one may not have begun, and
+OpenMP's own wait would keep the processor from it. */
 static void meet(Tasks *tasks) {
     tasks->done++;
     while (tasks->done < omp_get_num_threads())
@@ -417,8 +418,8 @@ static void meet(Tasks *tasks) {
 
 /* ---- what is called ---- */
 
-#define MATRIX const uint8_t *codes, const uint8_t *part, const uint16_t *whole, int64_t count, int64_t width, int64_t bits, \
-               int64_t group
+#define MATRIX const uint8_t *codes, const uint8_t *part, const uint16_t *whole, int64_t count, int64_t width, \
+               int64_t bits, int64_t group
 #define AS_MATRIX {codes, part, whole, count, width, bits, group}
 
 int packed_vnni(void) { return VNNI; }
@@ -552,8 +553,8 @@ static Matrix pick(const Stack *stack, int64_t slot) {
 
 /* y [count, D]: what the experts in those slots make of one token x [D]. gate_up: matrices [2 I, D], gate rows first;
 down: [D, I]. Nobody waits for all: an expert's middle is ready when the last of its own rows is. */
-int packed_experts(const Stack *gate_up, const Stack *down, const int64_t *slots, int64_t count, const float *x, float *y,
-                   int threads) {
+int packed_experts(const Stack *gate_up, const Stack *down, const int64_t *slots, int64_t count, const float *x,
+                   float *y, int threads) {
     const int64_t hidden = gate_up->first.width, width = down->first.width;
     const int64_t up_chunk = chunk_rows(&gate_up->first), up_chunks = upto(width, up_chunk);
     const int64_t down_chunk = chunk_rows(&down->first), down_chunks = upto(hidden, down_chunk);

@@ -192,20 +192,22 @@ BENCHES = {
     "probes": ("shape", "rounds", "context"),
     "cache": ("rounds", "formats", "quick"),
     "schemes": ("quick",),
+    "weights": ("quick",),
+    "offload": ("rounds", "context", "ram", "vram", "device", "tokens", "llama", "gguf"),
 }
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from workbench.benchmarks import cache, cpu, probes, schemes
+    from importlib import import_module
 
-    measure = {"cpu": cpu.measure, "probes": probes.measure, "cache": cache.measure, "schemes": schemes.measure}
+    measure = import_module(f"workbench.benchmarks.{options.what}").measure
     told = _given(options, *dict.fromkeys(name for names in BENCHES.values() for name in names))
     wrong = [f"--{name}" for name in told if name not in BENCHES[options.what]]
     if wrong:
         raise RequestError(f"{', '.join(wrong)} is not of `workbench bench {options.what}`.")
-    if options.what == "cache":
+    if options.what in ("cache", "offload"):
         told["progress"] = lambda stage: _note(f"{stage} ...")
-    result = measure[options.what](options.checkpoint, dtype=options.dtype, threads=options.threads, **told)
+    result = measure(options.checkpoint, dtype=options.dtype, threads=options.threads, **told)
     print(json.dumps(result.to_dict(), indent=2) if options.json else result)
     if options.save:
         print(f"saved in {result.save()}", file=sys.stderr)

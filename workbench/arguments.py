@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", help="measure: this machine against transformers, what looking costs, what cache formats save and cost"
     )
-    bench.add_argument("what", choices=["cpu", "probes", "cache", "schemes"])
+    bench.add_argument("what", choices=["cpu", "probes", "cache", "schemes", "weights", "offload"])
     bench.add_argument("--checkpoint", type=Path, help="a directory in the Hugging Face layout; pocket if not given")
     bench.add_argument(
         "--shape", choices=["28m", "200m"], default=argparse.SUPPRESS, help="random weights of about this size instead"
@@ -113,6 +113,14 @@ def parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="of cache and schemes: less text, wider intervals",
     )
+    bench.add_argument("--ram", default=argparse.SUPPRESS, help="of offload: the hard limit, 4GB if not given")
+    bench.add_argument("--vram", default=argparse.SUPPRESS, help="of offload: a limit of GPU memory beside it")
+    bench.add_argument("--device", default=argparse.SUPPRESS, help="of offload: cpu or cuda")
+    bench.add_argument("--tokens", type=int, default=argparse.SUPPRESS, help="of offload: of each answer")
+    bench.add_argument(
+        "--llama", type=Path, default=argparse.SUPPRESS, help="of offload: a Python with llama-cpp-python"
+    )
+    bench.add_argument("--gguf", type=Path, default=argparse.SUPPRESS, help="of offload: the same shape for llama.cpp")
     bench.add_argument("--save", action="store_true", help="keep the result in kernels/results/")
     bench.add_argument("--json", action="store_true")
 

@@ -1,0 +1,76 @@
+"""One measurement of `workbench bench offload`, alone in its process: a question as JSON in, figures as JSON out."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from workbench.engine import Engine
+from workbench.offloaded import Offloaded
+from workbench.sampling import Sampling
+from workbench.traffic import Traffic
+from workbench.workbench import load
+
+
+def measure(path: str, threads: int, prompt: int, tokens: int, rounds: int, seed: int = 0, **how) -> dict:
+    """Opens the checkpoint, reads `prompt` random tokens and generates `tokens`, `rounds` times."""
+    torch.set_num_threads(threads)
+    started = perf_counter()
+    bench = load(path, **how)
+    opened = perf_counter() - started
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, 4000, (prompt,), generator=generator).tolist()
+    store, runs = bench.model.store, []
+    for number in range(rounds):
+        since = store.transfers.visits if isinstance(store, Offloaded) else 0
+        answer = _answer(bench.engine, text, tokens, seed + number)
+        runs.append({"prompt_seconds": answer.stats.prefill_seconds, "seconds": [s.seconds for s in answer.steps[1:]]})
+        if isinstance(store, Offloaded):
+            traffic = Traffic.of(store, since)
+            runs[-1] |= {"traffic": traffic.to_dict(), "working_set": traffic.working_set().to_dict("index")}
+    every = [seconds for run in runs for seconds in run["seconds"]]
+    return {
+        "plan": bench.model.plan.to_dict() if bench.model.plan else None,
+        "open_seconds": opened,
+        "tokens_per_second": len(every) / sum(every),
+        "median_ms": 1e3 * statistics.median(every),
+        "peak_rss": _peak(),
+        "held": held(bench),
+        "runs": runs,
+    }
+
+
+def _answer(engine: Engine, text: list[int], tokens: int, seed: int):
+    """Of random weights any token may be the end mark, so what ends early is asked again with another seed."""
+    longest = None
+    for number in range(8):
+        sampling = Sampling(max_tokens=tokens, temperature=1.0, top_p=1.0, seed=seed + 1000 * number)
+        answer = engine.generate(text, sampling)
+        if longest is None or len(answer.steps) > len(longest.steps):
+            longest = answer
+        if len(answer.steps) == tokens:
+            break
+    return longest
+
+
+def held(bench) -> dict[str, int]:
+    """Bytes that are allocated, by the categories of the plan."""
+    store = bench.model.store
+    tiers = (
+        {"expert slots": store.near.nbytes, "far slots": store.far.nbytes if store.far else 0}
+        if isinstance(store, Offloaded)
+        else {"expert slots": store.nbytes, "far slots": 0}
+    )
+    return tiers | {"cache": bench.engine.cache.nbytes if bench.engine.cache else 0}
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure(**json.load(sys.stdin))) + "\n")
