@@ -30,6 +30,7 @@ FLOORS = {
         "packing",
         "synth",
         "plan",
+        "speed",
         "workspace",
         "sizes",
         "residents",

@@ -49,16 +49,17 @@ class Fetching:
         self.behind: dict[int, ExitStack] = {}
         self.ready: deque[tuple[Slots, np.ndarray, ExitStack]] = deque()
         self.current = ExitStack()
-        self.waited, self.near, self.far, self.computed_far, self.early = 0.0, 0, 0, 0, 0
+        self.hits = np.zeros(len(self.keys), dtype=bool)
+        self.waited, self.near, self.early, self.disk, self.computed_far = 0.0, 0, 0, 0, 0
 
     def begin(self) -> None:
         """Sees what is where, and starts to read what is only on the shelf."""
         store = self.store
-        self._take_early()
+        foretold = np.isin(self.keys, self._take_early())
         store.worth.use(self.keys, store.passes)
-        self.here = here = store.near.find(self.keys) >= 0
-        self.near = int(here.sum())
-        if self.near:
+        here = store.near.find(self.keys) >= 0
+        self.hits = here & ~foretold
+        if here.any():
             self._make_ready(store.near, self.keys[here])
         coming = set(self.reading.values())
         for key in self.keys[~here].tolist():
@@ -66,7 +67,7 @@ class Fetching:
                 self.behind[key] = self._guard(store.far, [key])
             elif key not in coming:
                 self.unread.append(key)
-        self.far = len(self.behind)
+        self.near, self.early, self.disk = int(self.hits.sum()), int(foretold.sum()), len(self.unread)
         self._read()
 
     def wave(self) -> tuple[Slots, np.ndarray] | None:
@@ -99,31 +100,39 @@ class Fetching:
         for future, key in self.reading.items():
             self._landed(key, future)
 
-    def seen(self) -> Visit:
+    def seen(self, read: int) -> Visit:
+        """`read`: blocks that were read since the visit before."""
         needed = len(self.keys)
+        far = needed - self.near - self.early - self.disk
         return Visit(
-            self.store.passes, self.layer, len(self.ids), needed, self.near, self.far, needed - self.near - self.far,
-            self.computed_far, self.early, self.waited, perf_counter(),
+            self.store.passes, self.layer, len(self.ids), needed, self.near, far, self.disk, self.early, read,
+            self.computed_far, self.waited, perf_counter(),
         )  # fmt: skip
 
-    def _take_early(self) -> None:
-        """What was read ahead: that of this layer is awaited with the rest, that of others taken in if it is there."""
-        mine = set(self.keys.tolist())
+    def _take_early(self) -> list[int]:
+        """What was read ahead: that of this layer is awaited with the rest, that of others taken in if it is there.
+        Those of this layer.
+        """
+        mine, found = set(self.keys.tolist()), []
         for key, future in list(self.store.early.items()):
-            if future.done() or key in mine:
-                del self.store.early[key]
-                self.early += key in mine
-                if future.done():
-                    self._landed(key, future)
-                else:
-                    self.reading[future] = key
+            if not future.done() and key not in mine:
+                continue
+            del self.store.early[key]
+            if not future.done():
+                self.reading[future] = key
+            elif not self._landed(key, future):
+                continue
+            if key in mine:
+                found.append(key)
+        return found
 
-    def _landed(self, key: int, future: Future) -> None:
+    def _landed(self, key: int, future: Future) -> bool:
         """Takes in what nobody computes now. One that failed is read again when it is asked for, and fails then."""
         try:
             self.store.landed(key, future)
         except CheckpointError:
-            return
+            return False
+        return True
 
     def _read(self) -> None:
         while self.unread and self.store.landing.spare:

@@ -27,6 +27,7 @@ from workbench.transfers import DISK, FAR, MOVING, NEAR, Transfers
 from workbench.weights import Inventory
 
 READERS = 4  # reads at the same time: a solid-state disk wants several
+AHEAD = 4  # of 6 experts a token: of more, too many are read in vain
 
 
 class Shelf(Protocol):
@@ -56,13 +57,14 @@ class Offloaded:
         device: torch.device | str = "cpu",
         *,
         policy: str | float = "blended",
-        ahead: int = 0,
+        ahead: int | None = None,
         computed: bool | str = "auto",
         readers: int = READERS,
     ):
         if isinstance(policy, str) and policy not in POLICIES:
             raise RequestError(f"no policy called {policy!r}; there are {', '.join(POLICIES)}, or a number of passes.")
-        self.config, self.shelf, self.layout, self.ahead = config, shelf, shelf.layout, ahead
+        self.config, self.shelf, self.layout = config, shelf, shelf.layout
+        self.ahead = AHEAD if ahead is None else ahead
         self.device, self.experts = torch.device(device), config.n_routed_experts
         self.layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
         self.place = {layer: number for number, layer in enumerate(self.layers)}
@@ -80,7 +82,7 @@ class Offloaded:
         pinned = self.device.type == "cuda"
         self.far = Slots(self.layout, min(far, keys), self.worth, "cpu", pinned) if far else None
         self.link = Link(self.device, computed)
-        self.transfers, self.passes = Transfers(), 0
+        self.transfers, self.passes, self.reads = Transfers(), 0, 0
         self.readers = ThreadPoolExecutor(readers, thread_name_prefix="expert-reader")
         self.early: dict[int, Future] = {}  # experts that are or were read ahead, and that nobody asked for yet
         self._foretell: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
@@ -139,11 +141,13 @@ class Offloaded:
                         yield source.bank, visit.choices(source, keys)
             finally:
                 visit.end()
-            self.transfers.add(visit.seen(), visit.keys, visit.here)
+            self.transfers.add(visit.seen(self.reads), visit.keys, visit.hits)
+            self.reads = 0
 
     def fetch(self, key: int) -> Future:
         """Starts to read an expert from the shelf into a slot that is claimed for it."""
         slot = self.landing.claim(key)
+        self.reads += 1
         layer, expert = self.layers[key // self.experts], int(key % self.experts)
         return self.readers.submit(self.shelf.read, layer, expert, self.landing.slab[slot])
 

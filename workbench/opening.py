@@ -32,7 +32,7 @@ def open_model(
     context: int | None = None,
     cache: str = "auto",
     policy: str | float = "blended",
-    ahead: int = 0,
+    ahead: int | None = None,
     computed: bool | str = "auto",
 ) -> Model:
     """The model of a checkpoint directory, plain or packed (or of a .safetensors file beside its config.json).

@@ -31,8 +31,9 @@ class Traffic:
 
     @classmethod
     def of(cls, store: Offloaded, since: int = 0) -> "Traffic":
-        """Columns of the table: passes, tokens, accesses, hits, from_far, from_disk, computed_far, early, hit_rate,
-        disk_bytes and link_bytes (to the device), waited (seconds), seconds (from the end of the pass before to the
+        """Columns of the table: passes, tokens, accesses, hits (what was near and had not been read ahead for this),
+        from_far, from_disk, early (read ahead), computed_far, hit_rate, foretold (share of what was read ahead that was
+        then asked for), disk_bytes and link_bytes (to the device), waited (seconds), seconds (from the end of the pass before to the
         end of this one, so with attention and sampling), tokens_per_second. RequestError where nothing ran since then.
         """
         if not isinstance(store, Offloaded):
@@ -117,11 +118,13 @@ def _summed(rows: pd.DataFrame, answer: np.ndarray, store: Offloaded) -> pd.Data
         passes = part.groupby("moving")
         size = store.layout.nbytes
         moved = part["near"].sum() + part["computed_far"].sum()
+        ahead = part["read"].sum() - part["disk"].sum()
         one = {
             "passes": passes.ngroups, "tokens": passes["tokens"].first().sum(), "accesses": part["needed"].sum(),
             "hits": part["near"].sum(), "from_far": part["far"].sum(), "from_disk": part["disk"].sum(),
             "computed_far": part["computed_far"].sum(), "early": part["early"].sum(),
-            "hit_rate": part["near"].sum() / part["needed"].sum(), "disk_bytes": part["disk"].sum() * size,
+            "foretold": min(1.0, part["early"].sum() / ahead) if ahead > 0 else float("nan"),
+            "hit_rate": part["near"].sum() / part["needed"].sum(), "disk_bytes": part["read"].sum() * size,
             "link_bytes": (part["needed"].sum() - moved) * size if store.far else 0,
             "waited": part["waited"].sum(), "seconds": seconds[list(passes.groups)].sum(),
         }  # fmt: skip

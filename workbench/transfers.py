@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-COLUMNS = ("moving", "layer", "tokens", "needed", "near", "far", "disk", "computed_far", "early", "waited", "at")
+COLUMNS = ("moving", "layer", "tokens", "needed", "near", "far", "disk", "early", "read", "computed_far", "waited", "at")
 NEAR, FAR, DISK, MOVING = 0, 1, 2, 3  # where an expert is
 
 
 class Visit(NamedTuple):
-    """needed experts, of which `near` were in the slots that compute, `far` in host memory behind them, and `disk` had
-    to be read; computed_far: of those in host memory, multiplied there; early: had been read ahead; waited: seconds.
+    """needed = near + far + early + disk: experts that were in the slots that compute; in host memory behind them; read
+    ahead, or being read; on disk alone. read: blocks that were read from disk since the visit before, foretold in vain
+    or not. computed_far: experts multiplied in host memory. waited: seconds. at: its end, in perf_counter's seconds.
     """
 
     moving: int
@@ -20,8 +21,9 @@ class Visit(NamedTuple):
     near: int
     far: int
     disk: int
-    computed_far: int
     early: int
+    read: int
+    computed_far: int
     waited: float
     at: float
 

@@ -145,19 +145,17 @@ class Pass:
             return count * self.size
         if isinstance(codec, Tiles):
             return count * (2 * FLOAT + self.size)
-        if by_kernel and self.compiled and isinstance(codec, Codes | Groups) and codec.bits <= 8:
+        if by_kernel and self.compiled and _compiles(codec):
             return count * self.size
         return count * _bytes_to_unpack(codec)
 
     def _linear(self, tokens: int, width: int, out: int, codecs: Iterable[Codec | None]) -> int:
         """While x [tokens, width] is multiplied by a matrix [out, width], the result included: see packed.linear."""
         made = tokens * out * self.size
-        if set(codecs) == {None}:
-            return made
-        if self.compiled and tokens <= FEW:
-            made += tokens * (width + out) * FLOAT
+        if self.compiled and tokens <= FEW and all(map(_compiles, codecs)):
+            return made + tokens * (width + out) * FLOAT
         step = max(1, UNPACKED // width)
-        pieces = made if out > step else 0  # put together afterwards
+        pieces = made if out > step and set(codecs) != {None} else 0  # put together afterwards
         return made + pieces + max(self._unpacked(min(out, step) * width, codec) for codec in codecs)
 
     def _beside(self) -> int:
@@ -234,7 +232,7 @@ class Pass:
         heads, latent = config.num_attention_heads, config.kv_lora_rank
         inner = max(config.qk_nope_head_dim, config.v_head_dim)
         made = self.new * heads * (latent + inner) * self.size
-        if self.compiled and self.new <= FEW and None not in self._up_codecs:
+        if self.compiled and self.new <= FEW and all(map(_compiles, self._up_codecs)):
             return made + self.new * heads * (latent + inner) * FLOAT
         copied = self._up * self.size  # where the library wants the rows of one kind together
         return made + copied + max(self._unpacked(self._up, codec, by_kernel=False) for codec in self._up_codecs)
@@ -250,7 +248,8 @@ class Pass:
         out = new * heads * config.kv_lora_rank * self.size
         scores = heads * rows * min(new, max(1, SCORES // (heads * rows)))
         each = 2 * FLOAT + (1 if new > 1 else 0) + (self.size if self.wide else 0)
-        return query + max(self._lifting(), out + self._lifting(), 2 * out + scores * each + new * rows)
+        keys = rows * config.latent_width * self.size if self.wide else 0  # a copy that the library multiplies
+        return query + max(out + self._lifting(), 2 * out + scores * each + new * rows + keys)
 
     def _expanded(self, rows: int) -> int:
         """Over rows that come in one piece: keys and values of every head, then one fused kernel."""
@@ -311,6 +310,7 @@ class Pass:
         for layout in set(expert_layouts(config, self.recipe)):
             if layout is None:  # ops._experts_grouped
                 gathered = tokens * chosen * size
+                moments.append(read + order + summed + 2 * tokens * hidden * FLOAT)
                 moments.append(read + order + gathered * (hidden + 2 * width))
                 moments.append(read + order + gathered * max(4 * width, 2 * width + hidden))
             else:  # packed._by_expert, of an expert that every token chose
@@ -344,6 +344,11 @@ def _codecs(recipe: Recipe | None, layers: int, name: str) -> frozenset[Codec | 
     inside = name.startswith(("self_attn", "mlp"))
     names = [f"model.layers.{layer}.{name}" for layer in range(layers)] if inside else [name]
     return frozenset(map(recipe.codec, names))
+
+
+def _compiles(codec: Codec | None) -> bool:
+    """Whether the compiled kernel understands it: see native.Kernel.takes."""
+    return isinstance(codec, Codes | Groups) and codec.bits <= 8 and getattr(codec, "group", 16) % 16 == 0
 
 
 def _bytes_to_unpack(codec: Codec) -> int:
