@@ -1,8 +1,8 @@
 """Calibration: what every matrix of a model reads on some text, as second moments, for a rounding that knows them.
 
-Wanted is the model with its plain weights, all in memory, so on this machine V2-Lite in bf16 takes 31.4 GB beside the
-moments below. For a larger one, layers would have to be gone through one by one: the residual stream of all texts kept
-on disk, one layer's weights read, its moments taken, and the stream it leaves written for the next. That is not here.
+Wanted is the model with its plain weights, all in memory: 31.4 GB for V2-Lite in bf16, beside the moments below. For a
+larger one, layers would have to be gone through one by one: the residual stream of all texts kept on disk, one layer's
+weights read, its moments taken, and the stream that leaves it written for the next. That is not here.
 """
 
 import zlib
@@ -79,7 +79,7 @@ def widths(config: Config, layers: Iterable[int] | None = None) -> dict[str, int
 
 
 def nbytes(config: Config, layers: Iterable[int] | None = None) -> int:
-    """Of the moments: V2-Lite 43.9 GB, of which its experts are 41.1, and 1.6 of one layer with experts."""
+    """Of the moments: V2-Lite 43.8 GB, of which its experts' own are 41.1, and 1.7 of one layer with experts."""
     return sum(torch.float32.itemsize * width * width for width in widths(config, layers).values())
 
 
@@ -102,7 +102,7 @@ class Calibration:
         if (needed := nbytes(model.config)) > limit:
             raise BudgetError(
                 f"the moments of this model take {needed:,} bytes, and {limit:,} are allowed: write them to a file "
-                "with calibration.write, or raise limit=."
+                "with `calibration.write`, or raise limit=."
             )
         moments = dict(_moments(model, texts, limit))
         checksums = (zlib.crc32(one.numpy()) for one in moments.values())

@@ -25,9 +25,8 @@ class Store(Protocol):
         choice that is in another wave. A bank may be used until the next is asked for. x [N, D] is what they read.
         """
 
-    @property
-    def nbytes(self) -> int:
-        """Of weights that are held in memory, on any device."""
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Those that hold weights, on any device."""
 
 
 class Resident(nn.Module):
@@ -59,6 +58,6 @@ class Resident(nn.Module):
     def waves(self, layer: int, ids: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[Bank, torch.Tensor]]:
         yield self.bank(layer), ids
 
-    @property
-    def nbytes(self) -> int:
-        return sum(p.nbytes for p in self.parameters()) + sum(one.untyped_storage().nbytes() for one in self.slabs)
+    def tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.parameters()
+        yield from self.slabs

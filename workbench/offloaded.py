@@ -108,9 +108,11 @@ class Offloaded:
         """Where blocks from the shelf arrive."""
         return self.far or self.near
 
-    @property
-    def nbytes(self) -> int:
-        return self.near.nbytes + (self.far.nbytes if self.far else 0)
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Of the slots, near and far."""
+        yield self.near.slab
+        if self.far:
+            yield self.far.slab
 
     def where(self) -> np.ndarray:
         """NEAR, FAR, DISK or MOVING for every expert: uint8 [MoE layers, experts]. Any thread may ask."""

@@ -254,7 +254,8 @@ class Plan:
                 needed = sum(self.host.values()) + least * self.block
                 raise BudgetError(
                     f"{show_bytes(self.ram)} of main memory are too little: this process has "
-                    f"{show_bytes(self.process)}, and experts on their way to the device need room. ram={needed} is the least that works."
+                    f"{show_bytes(self.process)}, and experts on their way to the device need room. ram={needed} is "
+                    "the least that works."
                 )
         return replace(plan, slots=slots, far=far)
 
@@ -266,8 +267,8 @@ class Plan:
         hint = "" if self.recipe else " Packed weights take less, and may stay on disk: workbench pack."
         raise BudgetError(
             f"{show_bytes(self._limit)} are too little: {name}={least} ({show_bytes(least)}) is the least that works "
-            f"for {self.context:,} tokens of context with the cache in {self.format.name}. A shorter context, a smaller "
-            f'cache ("q6") or recipe ("int3") needs less.{hint}'
+            f"for {self.context:,} tokens of context with the cache in {self.format.name}. A shorter context, a "
+            f'smaller cache ("q6") or recipe ("int3") needs less.{hint}'
         )
 
     def to_frame(self) -> pd.DataFrame:

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from workbench.cache import BLOCK, Pool
 from workbench.footprint import TABLE, WEIGHTS
+from workbench.matrix import Matrix, Weight
 from workbench.model import Mixture, Model
 
 
@@ -88,20 +90,30 @@ def _tokens(pool: Pool, sequences: list[tuple[list[int], int]]) -> int:
 
 def _weights(model: Model) -> dict[str, list[torch.Tensor]]:
     kinds: dict[str, list[torch.Tensor]] = {kind: [] for kind in (*WEIGHTS, TABLE)}
-    kinds["embedding"] = [model.embedding]
-    kinds["head"] = [model.head]  # where it is the embedding, that has been counted
+    kinds["embedding"] = _parts(model.embedding)
+    kinds["head"] = _parts(model.head)  # where it is the embedding, that has been counted
     kinds["router and norms"] = [model.norm]
-    kinds["routed experts"] = list(model.store.parameters())
+    kinds["routed experts"] = list(model.store.tensors())
     kinds[TABLE] = [model.rope.table]
     for block in model.blocks:
-        kinds["attention"] += block.attention.parameters()
+        kinds["attention"] += _held(block.attention)
         kinds["router and norms"] += [block.attention_norm, block.mlp_norm]
         if isinstance(block.mlp, Mixture):
             kinds["router and norms"].append(block.mlp.router)
-            kinds["shared experts"] += block.mlp.shared.parameters() if block.mlp.shared else []
+            kinds["shared experts"] += _held(block.mlp.shared) if block.mlp.shared else []
         else:
-            kinds["dense"] += block.mlp.parameters()
+            kinds["dense"] += _held(block.mlp)
     return kinds
+
+
+def _held(module: nn.Module) -> list[torch.Tensor]:
+    """Its own weights, plain and packed."""
+    packed = [part for value in vars(module).values() if isinstance(value, Matrix) for part in value.parts]
+    return [*module.parameters(recurse=False), *packed]
+
+
+def _parts(weight: Weight) -> list[torch.Tensor]:
+    return list(weight.parts) if isinstance(weight, Matrix) else [weight]
 
 
 def _storages(tensors: Iterable[torch.Tensor], counted: set[tuple]) -> int:

@@ -16,10 +16,12 @@ from workbench.formats import cache_format
 from workbench.model import Model
 from workbench.opening import Size, open_model
 from workbench.pack import Pack
+from workbench.plan import Plan
 from workbench.recipe import Recipe
 from workbench.sampling import Sampling
 from workbench.tokenizer import Tokenizer
 from workbench.trace import Trace
+from workbench.traffic import Traffic
 
 POCKET = Path(__file__).parent / "pocket"
 CONTEXT = 8192  # tokens there is room for under a budget, where nothing is said
@@ -86,6 +88,17 @@ class Workbench:
                 about["label"] = str(labels[number])
             progress(trace)
         return Trace.join(traces[number] for number in range(len(prompts)))
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was planned when it was opened; None for plain weights without a budget."""
+        return self.model.plan
+
+    def traffic(self, since: int = 0) -> Traffic:
+        """What was fetched of the experts that are not in memory, beside what a perfect cache would have fetched; from
+        visit `since` of the store on. RequestError where all are in memory.
+        """
+        return Traffic.of(self.model.store, since)
 
     def new_cache(self, batch: int = 1, format: str | None = None) -> LatentCache:
         return self.engine.new_cache(batch, format)

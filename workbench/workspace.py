@@ -27,6 +27,7 @@ from workbench.ring import TOGETHER
 
 FLOAT, LONG = 4, 8  # bytes
 PACKING = 40  # bytes an element of a row while it is packed: codes as int64, and the scale that is being searched
+UP = "self_attn.kv_b_proj.weight"
 SAMPLING = 64  # bytes a logit while a token is drawn: numbers in float64, their order
 
 
@@ -193,15 +194,12 @@ class Pass:
         turned = tokens * (heads + 1) * config.qk_rope_head_dim
         moments.append(held + turned * (2 * size + self.wide + 2 * FLOAT))
         held += turned * size + 2 * tokens * wide * size  # and the latent after its norm, and the row
-        moments.append(held + tokens * wide * self._packing())
+        moments.append(held + tokens * wide * (PACKING if isinstance(self.format, Packed) else 2 * FLOAT))
         out = tokens * heads * config.v_head_dim * size
         moments.append(held + (2 * out if self.batch > 1 else 0) + self._recalled())
         onto = self._codecs("self_attn.o_proj.weight")
         moments.append(held + 2 * out + self._linear(tokens, heads * config.v_head_dim, hidden, onto))
         return max(moments)
-
-    def _packing(self) -> int:
-        return PACKING if isinstance(self.format, Packed) else 2 * FLOAT
 
     def _recalled(self) -> int:
         """Attention.recall of one sequence, by the form it will choose."""
@@ -232,14 +230,10 @@ class Pass:
         heads, latent = config.num_attention_heads, config.kv_lora_rank
         inner = max(config.qk_nope_head_dim, config.v_head_dim)
         made = self.new * heads * (latent + inner) * self.size
-        if self.compiled and self.new <= FEW and all(map(_compiles, self._up_codecs)):
+        if self.compiled and self.new <= FEW and all(map(_compiles, self._codecs(UP))):
             return made + self.new * heads * (latent + inner) * FLOAT
         copied = self._up * self.size  # where the library wants the rows of one kind together
-        return made + copied + max(self._unpacked(self._up, codec, by_kernel=False) for codec in self._up_codecs)
-
-    @property
-    def _up_codecs(self) -> frozenset[Codec | None]:
-        return self._codecs("self_attn.kv_b_proj.weight")
+        return made + copied + max(self._unpacked(self._up, codec, by_kernel=False) for codec in self._codecs(UP))
 
     def _absorbed(self, rows: int) -> int:
         """Over rows that come in one piece: ops._attend_shared."""
@@ -255,7 +249,7 @@ class Pass:
         """Over rows that come in one piece: keys and values of every head, then one fused kernel."""
         config, new, heads = self.config, self.new, self.config.num_attention_heads
         width, value = config.qk_head_dim, config.v_head_dim
-        rebuilt = self._linear(rows, config.kv_lora_rank, heads * (config.qk_nope_head_dim + value), self._up_codecs)
+        rebuilt = self._linear(rows, config.kv_lora_rank, heads * (config.qk_nope_head_dim + value), self._codecs(UP))
         whole = rows * heads * (config.qk_nope_head_dim + value + width) * self.size
         padded = rows * heads * width * self.size if width > value else 0
         query = 2 * new * heads * width * self.size  # and what comes out
@@ -268,7 +262,7 @@ class Pass:
         width, latent = config.latent_width, config.kv_lora_rank
         query = self.new * heads * width * self.size
         state = self._carried(width, latent)
-        keys = 2 * rows * (width + latent) * self.wide + rows * width * self.size
+        keys = 2 * rows * (width + latent) * self.wide + rows * width * (self.size + FLOAT)
         scores = heads * self.new * rows
         out = self.new * heads * latent * self.size
         return query + max(self._lifting() + out, state + keys + 4 * FLOAT * scores + self.new * rows)
@@ -283,7 +277,7 @@ class Pass:
         both = config.qk_nope_head_dim + value
         rebuilt = rows * heads * (both + width) * self.size
         wide = rows * heads * (width + value) * self.wide
-        part = self._linear(rows, latent, heads * both, self._up_codecs) + rows * (latent + heads * width) * self.size
+        part = self._linear(rows, latent, heads * both, self._codecs(UP)) + rows * (latent + heads * width) * self.size
         old = wide or rebuilt
         return query + state + self.new * rows + max(
             old + 2 * FLOAT * scores + max(part, rebuilt + wide), max(wide, rebuilt) + 4 * FLOAT * scores

@@ -66,8 +66,10 @@ def run(module: str, question: dict, limit: int) -> tuple[dict, dict]:
     """
     with fence(limit) as kept:
         command = [sys.executable, "-m", module]
+        # threads that wait asleep leave the cores to those that read from disk
+        surroundings = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(
-            command, input=json.dumps(question), capture_output=True, text=True, preexec_fn=kept.enter
+            command, input=json.dumps(question), capture_output=True, text=True, preexec_fn=kept.enter, env=surroundings
         )
         about = {"fence": kept.kind, "limit": limit, "peak": kept.peak}
     if done.returncode:

@@ -10,9 +10,11 @@ import torch
 
 from workbench.engine import Engine
 from workbench.offloaded import Offloaded
+from workbench.plan import CACHE, FAR, SLOTS
 from workbench.sampling import Sampling
+from workbench.storages import weigh
 from workbench.traffic import Traffic
-from workbench.workbench import load
+from workbench.workbench import Workbench, load
 
 
 def measure(path: str, threads: int, prompt: int, tokens: int, rounds: int, seed: int = 0, **how) -> dict:
@@ -56,15 +58,14 @@ def _answer(engine: Engine, text: list[int], tokens: int, seed: int):
     return longest
 
 
-def held(bench) -> dict[str, int]:
+def held(bench: Workbench) -> dict[str, int]:
     """Bytes that are allocated, by the categories of the plan."""
-    store = bench.model.store
-    tiers = (
-        {"expert slots": store.near.nbytes, "far slots": store.far.nbytes if store.far else 0}
-        if isinstance(store, Offloaded)
-        else {"expert slots": store.nbytes, "far slots": 0}
-    )
-    return tiers | {"cache": bench.engine.cache.nbytes if bench.engine.cache else 0}
+    found, store = weigh(bench.model), bench.model.store
+    experts, cache = found.pop("routed experts"), bench.engine.cache
+    if isinstance(store, Offloaded) and store.far:
+        found[FAR] = store.far.nbytes
+        experts -= store.far.nbytes
+    return found | {SLOTS: experts, CACHE: cache.nbytes if cache is not None else 0}
 
 
 def _peak() -> int:
