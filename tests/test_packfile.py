@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packs import flip
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -58,14 +59,6 @@ def odd(tmp_path):
 def blocks(tmp_path):
     tensors = {str(expert): drawn(torch.uint8, PAGE * (1 + expert % 3)) for expert in range(9)}
     return written(tmp_path / "blocks.safetensors", tensors), tensors
-
-
-def flip(path: Path, at: int, bit: int = 0) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        old = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([old ^ 1 << bit]))
 
 
 def test_what_is_read_is_what_was_written(odd):
@@ -221,7 +214,7 @@ def test_what_is_not_complete_is_no_file(tmp_path):
     with PackWriter(path, entries, {}) as file:
         file.write(tensors["a"])
         part = path.with_name("x.safetensors.part")
-        os.truncate(part, 100_000)  # as long as it will be: still no reader takes it for one
+        os.truncate(part, file.nbytes)  # as long as it will be: still no reader takes it for one
         with pytest.raises(CheckpointError):
             PackFile(part)
         file.write(tensors["b"])

@@ -14,6 +14,7 @@ from workbench.benchmarks.llamacpp import LlamaCpp
 from workbench.benchmarks.measure import RESULTS, about, computing_with, keep, load_average, scatter
 from workbench.errors import RequestError
 from workbench.pack import Pack
+from workbench.plan import CACHE, Plan
 from workbench.sizes import parse_bytes
 
 CHILD = "workbench.benchmarks.offload_child"
@@ -28,6 +29,8 @@ class Result:
     rounds: tuple[dict, ...]
     fences: tuple[dict, ...]
     rates: dict
+    foretold: tuple[float, float]  # tokens a second, by the plan and the rates
+    errors: dict[str, float]  # of the plan's bytes, by category
     llama: dict | None = None
 
     @property
@@ -56,6 +59,7 @@ class Result:
 
     def to_dict(self) -> dict:
         own = {"about": self.about, "rounds": self.rounds, "fences": self.fences, "rates": self.rates}
+        own |= {"foretold": self.foretold, "errors": self.errors}
         return own | {"bound": self.bound, "llama": self.llama, "ratio": self.ratio}
 
     def __str__(self) -> str:
@@ -72,6 +76,8 @@ class Result:
             f"at {self.rates['disk'] / 1e9:.2f} GB/s, memory {bound['memory_bytes'] / 1e6:,.0f} MB at "
             f"{self.rates['memory'] / 1e9:.0f} GB/s",
             f"share of the bound  {bound['share']:8.0%}",
+            f"the plan foretold   {self.foretold[0]:8.2f} to {self.foretold[1]:.2f} tokens/s; its bytes are at most "
+            f"{max(map(abs, self.errors.values())):.2%} off those held, of weights, tables and slots",
         ]
         for name in ("hit_rate", "oracle", "lru", "chance"):
             rates = [run["traffic"][name] for one in self.rounds for run in one["runs"] if "traffic" in run]
@@ -99,6 +105,7 @@ def measure(
     vram: str | None = None,
     device: str = "cpu",
     context: int = 1024,
+    cache: str = "auto",
     prompt: int = 32,
     tokens: int = 48,
     llama: Path | None = None,
@@ -115,7 +122,13 @@ def measure(
         raise RequestError("--llama PYTHON and --gguf FILE go together.")
     pack = Pack.open(checkpoint)
     limit = parse_bytes(ram) + (parse_bytes(vram) if vram and device == "cpu" else 0)
-    how = {"ram": ram, "context": context, "device": device, "dtype": {"float32": "fp32", "bfloat16": "bf16"}[dtype]}
+    how = {
+        "ram": ram,
+        "context": context,
+        "cache": cache,
+        "device": device,
+        "dtype": {"float32": "fp32", "bfloat16": "bf16"}[dtype],
+    }
     how |= {"vram": vram} if vram else {}
     with computing_with(threads):
         where = about(pack.config, checkpoint, None) | {"dtype": dtype, "recipe": pack.recipe.name}
@@ -142,4 +155,11 @@ def measure(
             if rival:
                 rival.close()
     said = {"speeds": theirs, "version": rival.version, "system": rival.system} if rival else None
-    return Result(where, tuple(one for one, _ in answers), tuple(kept for _, kept in answers), found, said)
+    held = {name: size for name, size in answers[0][0]["held"].items() if name != CACHE}  # it grows with the text
+    limits = {name: value for name, value in how.items() if value is not None}
+    process = answers[0][0]["plan"]["process"]
+    plan = Plan.make(pack.config, pack.recipe, measured=rates, process=process, **limits)
+    foretold = tuple(speed.tokens_per_second for speed in plan.speed_range())
+    errors = plan.compare(held)["error"].to_dict()
+    rounds, fences = zip(*answers)
+    return Result(where, rounds, fences, found, foretold, errors, said)
