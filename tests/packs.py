@@ -9,7 +9,7 @@ from workbench.checkpoint import Random, save
 from workbench.config import Config
 from workbench.model import Model
 
-LITE = Config(
+LITE = Config(  # no width is a multiple of a group of 64
     vocab_size=150,
     hidden_size=72,
     intermediate_size=88,
@@ -25,7 +25,9 @@ LITE = Config(
     n_shared_experts=2,
     num_experts_per_tok=2,
     first_k_dense_replace=1,
-)  # fmt: skip - no width is a multiple of a group of 64
+    bos_token_id=1,
+    eos_token_id=2,
+)
 CASES = {
     "lite": LITE,
     "v2": replace(LITE, q_lora_rank=24, n_group=3, topk_group=2, topk_method="group_limited_greedy"),

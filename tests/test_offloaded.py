@@ -506,7 +506,7 @@ def test_memory_is_slots_blocks_and_a_page():
 
 
 def test_where_experts_are():
-    store, shelf = offload.pages(slots=3, far=6)
+    store, _ = offload.pages(slots=3, far=6, policy="lru")
     assert (store.where() == DISK).all() and store.where().shape == (3, 11)
     offload.visit(store, 2, [[1, 4, 8]])
     assert store.where()[1].tolist() == [NEAR if expert in (1, 4, 8) else DISK for expert in range(11)]

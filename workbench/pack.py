@@ -89,7 +89,7 @@ class Pack:
                 raise CheckpointError(f"{where}: version {said['version']} of {said['kind']!r} is not known here.")
             recipe = Recipe.from_list(said["recipe"]["name"], said["recipe"]["rules"])
             config = Config.from_json(path / "config.json")
-            pack = cls(path, config, recipe, said["files"], said["synthetic"], said["notes"])
+            pack = cls(path, config, recipe, dict(said["files"]), said["synthetic"], said["notes"])
             wrong, sealed = said["checksum"] != pack.checksum, dict(said["sealed"])
         except (OSError, ValueError, KeyError, TypeError, RequestError) as error:
             raise CheckpointError(f"{where}: describes no packed checkpoint ({error}). Pack it again.") from None

@@ -281,7 +281,8 @@ class Plan:
         return {
             "model": self.config.name, "recipe": self.recipe.name if self.recipe else None, "device": self.device,
             "vram": self.vram, "ram": self.ram, "context": self.context, "batch": self.batch,
-            "cache": self.format.name, "chunk": self.chunk, "process": self.process, "slots": self.slots, "far": self.far,
+            "cache": self.format.name, "chunk": self.chunk, "process": self.process, "slots": self.slots,
+            "far": self.far,
             "experts": self.experts, "block_bytes": self.block, "near": self.near, "host": self.host,
             "disk": self.disk, "bytes_per_token": self.moved.read, "context_capacity": self.context_capacity(),
             "speed": [speed._asdict() for speed in speeds] if speeds else None,
