@@ -1,6 +1,7 @@
 # make lab    set up, then open JupyterLab on the first notebook
 # make test   set up, then run the tests and the notebooks
 # make bench  set up, then measure this machine against transformers
+# make bench-offload-gpu  the 236B shape in 16 GiB and V2-Lite's in 4 GiB of GPU memory, random weights; takes 20 GB of disk
 # make lint   ruff over everything
 # Variables: PYTHON=python3.12 (3.11 to 3.13), VENV=.venv, ARGS="further arguments"
 
@@ -11,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup lab test bench lint
+.PHONY: setup lab test bench bench-offload-gpu lint
 
 setup: $(STAMP)
 
@@ -34,6 +35,13 @@ test: setup
 
 bench: setup
 	$(BIN)/workbench bench cpu $(ARGS)
+
+bench-offload-gpu: SHAPES ?= runs/shapes
+bench-offload-gpu: setup
+	$(BIN)/workbench synth v2 $(SHAPES)/v2 --shared
+	$(BIN)/workbench synth v2-lite $(SHAPES)/v2-lite
+	$(BIN)/workbench bench offload --checkpoint $(SHAPES)/v2 --dtype bfloat16 --device cuda --vram 16GiB --ram 100GiB --save
+	$(BIN)/workbench bench offload --checkpoint $(SHAPES)/v2-lite --dtype bfloat16 --device cuda --vram 4GiB --ram 16GiB --save
 
 lint: setup
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_help_names_every_command():
     answer = run("--help")
     assert answer.returncode == 0
-    for command in ("lab", "chat", "trace", "replay", "doctor", "train", "eval", "bench", "claims"):
+    for command in ("lab", "chat", "trace", "replay", "doctor", "plan", "pack", "synth", "train", "eval", "bench", "claims"):
         assert f"\n    {command} " in answer.stdout
 
 

@@ -1,7 +1,7 @@
 """The workspace: bytes that a pass takes while it lasts, beside weights and cache, by the arithmetic of its steps.
 
 It follows model.py and ops.py line by line, and adds what their libraries take inside; the tests hold both together.
-Every number is an upper bound. N = B T tokens in a pass, S tokens so far, D hidden, H heads, C latent, R rotary width,
+It follows model.py and ops.py line by line, and adds what their libraries take inside; the tests hold both together.
 W = C + R, K chosen, E experts, I expert width.
 """
 
@@ -25,8 +25,7 @@ from workbench.recipe import Recipe
 from workbench.residents import expert_layouts
 from workbench.ring import TOGETHER
 
-FLOAT, LONG = 4, 8  # bytes
-PACKING = 40  # bytes an element of a row while it is packed: codes as int64, and the scale that is being searched
+FLOAT, LONG, PACKING = 4, 8, 40  # bytes; the last of an element while it is packed: codes as int64, scales searched
 UP = "self_attn.kv_b_proj.weight"
 SAMPLING = 64  # bytes a logit while a token is drawn: numbers in float64, their order
 
@@ -169,8 +168,7 @@ class Pass:
 
     def _embedding(self) -> int:
         """Rows of it, unpacked at once."""
-        config = self.config
-        rows = self.tokens * config.hidden_size
+        rows = self.tokens * self.config.hidden_size
         [codec] = self._codecs("model.embed_tokens.weight")
         return rows * self.size + self._unpacked(rows, codec, by_kernel=False)
 

@@ -12,6 +12,7 @@ from workbench.engine import Engine
 from workbench.offloaded import Offloaded
 from workbench.plan import CACHE, FAR, SLOTS
 from workbench.sampling import Sampling
+from workbench.sizes import parse_bytes
 from workbench.storages import weigh
 from workbench.traffic import Traffic
 from workbench.workbench import Workbench, load
@@ -20,6 +21,10 @@ from workbench.workbench import Workbench, load
 def measure(path: str, threads: int, prompt: int, tokens: int, rounds: int, seed: int = 0, **how) -> dict:
     """Opens the checkpoint, reads `prompt` random tokens and generates `tokens`, `rounds` times."""
     torch.set_num_threads(threads)
+    on_gpu = str(how.get("device")).startswith("cuda")
+    if on_gpu:  # the driver's own memory, which the plan counts too, is outside this fraction
+        total = torch.cuda.get_device_properties(how["device"]).total_memory
+        torch.cuda.set_per_process_memory_fraction(parse_bytes(how["vram"]) / total, how["device"])
     started = perf_counter()
     bench = load(path, **how)
     opened = perf_counter() - started
@@ -40,6 +45,7 @@ def measure(path: str, threads: int, prompt: int, tokens: int, rounds: int, seed
         "tokens_per_second": len(every) / sum(every),
         "median_ms": 1e3 * statistics.median(every),
         "peak_rss": _peak(),
+        "peak_vram": torch.cuda.max_memory_reserved(how["device"]) if on_gpu else None,
         "held": held(bench),
         "runs": runs,
     }
