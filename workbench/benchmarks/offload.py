@@ -40,15 +40,17 @@ class Result:
 
     @property
     def bound(self) -> dict:
-        """The least milliseconds a token, were reading from disk and from memory perfect and perfectly overlapped."""
+        """The least milliseconds a token, were disk, memory and link to a GPU perfect and perfectly overlapped."""
         last = self.rounds[-1]
         traffic = [run["traffic"]["phases"]["answer"] for one in self.rounds for run in one["runs"] if "traffic" in run]
         tokens = sum(one["tokens"] for one in traffic)
         disk = sum(one["disk_bytes"] for one in traffic) / tokens if tokens else 0.0
         read = last["plan"]["bytes_per_token"]
         found = {"disk_bytes": disk, "disk_ms": 1e3 * disk / self.rates["disk"]}
-        found |= {"memory_bytes": read, "memory_ms": 1e3 * read / self.rates["memory"]}
-        found["ms"] = max(found["disk_ms"], found["memory_ms"])
+        found |= {"memory_bytes": read, "memory_ms": 1e3 * read / self.rates["memory"], "link_ms": 0.0}
+        if self.rates["link"] and tokens:
+            found["link_ms"] = 1e3 * sum(one["link_bytes"] for one in traffic) / tokens / self.rates["link"]
+        found["ms"] = max(found["disk_ms"], found["memory_ms"], found["link_ms"])
         found["share"] = found["ms"] / (1e3 / statistics.median(self.speeds))
         return found
 
@@ -142,7 +144,9 @@ def measure(
         progress("bandwidths")
         rates = measure_rates(checkpoint, block=pack.layout.nbytes)
         disk = fastest(rates.disk)
-        found = {"disk": disk.median if disk else float("inf"), "memory": rates.reading("cpu").median}
+        near = rates.reading("cuda" if device.startswith("cuda") else "cpu")
+        found = {"disk": disk.median if disk else float("inf"), "memory": near.median}
+        found["link"] = rates.link.median if rates.link and device.startswith("cuda") else None
         answers, theirs = [], []
         rival = LlamaCpp(llama, gguf, where["threads"], prompt + tokens + 1) if llama else None
         try:
