@@ -15,6 +15,7 @@ from workbench.errors import RequestError
 from workbench.model import Model
 from workbench.quantising import Quantising
 from workbench.recipe import Recipe
+from workbench.rounding import compensated
 
 SMALL = Size(texts=3, calibrated=6, length=64, every=150)
 RECIPES = ["bf16", "int8", "int4", "int4+compensated", "int3+compensated"]
@@ -34,9 +35,22 @@ def checkpoint(tmp_path_factory, vocabulary, tokenizer):
 
 @pytest.fixture(scope="module")
 def result(checkpoint):
+    def rounding(calibration):
+        used.add(calibration.identity)
+        return compensated(calibration)
+
+    def checking(plain, other, calibration):
+        measured.add(calibration.identity)
+        return errors(plain, other, calibration)
+
+    used, measured = set(), set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "QUICK", SMALL)
-        return measure(checkpoint, recipes=RECIPES, threads=1, quick=True)
+        patch.setattr(weights, "compensated", rounding)
+        patch.setattr(weights, "errors", checking)
+        found = measure(checkpoint, recipes=RECIPES, threads=1, quick=True)
+    assert len(used) == len(measured) == 1 and used != measured  # never calibrated on what is measured
+    return found
 
 
 def test_every_recipe_is_measured_against_the_plain_weights(result):

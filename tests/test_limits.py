@@ -71,11 +71,11 @@ def some(tokenizer, count):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("context", [64, 129, 190])
+@pytest.mark.parametrize("context", [64, 129])
 def test_a_budget_for_the_context_is_enough_for_the_context(context, format, model, tokenizer, watch):
     engine = limited(model, tokenizer, context, format, context=context, chunk=50)
     most = watch(engine)
-    for prompt in (some(tokenizer, context - 3), some(tokenizer, 5), some(tokenizer, context - 1)):
+    for prompt in (some(tokenizer, context - 3), some(tokenizer, context - 20), some(tokenizer, context - 1)):
         done = engine.generate(prompt, Sampling(temperature=1, max_tokens=1000, seed=1))
         assert done.stats.finish in ("context", "eos") and len(prompt) + len(done.tokens) <= context
     assert most[0] == room(engine, context - 1), "the last token is never read"
@@ -127,13 +127,13 @@ def test_caches_of_ones_own_count_and_give_their_room_back(model, tokenizer, wat
 # what is lost in a packed cache depends on the last digit, and so on how many are computed together
 @pytest.mark.parametrize("format, slots", [("fp32", 1), ("fp32", 3), ("fp32", 8), ("q6", 1)])
 def test_a_batch_under_a_small_budget_says_what_it_says_without(format, slots, model, tokenizer, watch):
-    lengths = [3, 130, 64, 1, 100, 63, 65, 20, 7, 128]
+    lengths = [3, 130, 64, 1, 100, 63, 128]
     prompts = [some(tokenizer, length) for length in lengths]
-    each = [Sampling(temperature=0, max_tokens=random.choice([1, 3, 30])) for _ in prompts]
+    each = [Sampling(temperature=0, max_tokens=random.choice([1, 3, 20])) for _ in prompts]
     free = Engine(model, tokenizer, format)
     wanted = [one.tokens for one in free.batch(prompts, each, slots=slots)]
     assert wanted == [Engine(model, tokenizer, format).generate(*both).tokens for both in zip(prompts, each)]
-    for tokens in (192, 256, 500):
+    for tokens in (192, 400):
         engine = limited(model, tokenizer, tokens, format, context=192)
         most = watch(engine)
         engine.generate(prompts[1], GREEDY)  # its room is taken back
@@ -171,6 +171,17 @@ def test_a_batch_beside_a_stream_that_holds_the_room(model, tokenizer, watch):
     del stream
     prompts = [some(tokenizer, 60), some(tokenizer, 70)]
     assert [one.tokens for one in engine.batch(prompts, GREEDY)] == [one.tokens for one in free.batch(prompts, GREEDY)]
+
+
+def test_a_batch_goes_on_in_its_format(model, tokenizer, watch):
+    engine = limited(model, tokenizer, 128, context=128)
+    watch(engine)
+    prompts = [some(tokenizer, length) for length in (20, 90, 70, 100)]
+    answers = engine.answers(prompts, [replace(GREEDY, max_tokens=count) for count in (2, 20, 30, 20)], slots=3)
+    done = [next(answers)]
+    engine.convert_cache("int4")
+    done += answers
+    assert sorted(number for number, _ in done) == [0, 1, 2, 3]
 
 
 @pytest.mark.xfail(
@@ -224,7 +235,7 @@ def test_a_larger_format(tokens, model, tokenizer, watch):
 # how much at once, and how long
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("chunk", [1, 64, 1000])
 def test_a_chunk_bounds_every_pass(chunk, model, tokenizer, monkeypatch):
     widths = []
     shelf = offload.Shelf(model)

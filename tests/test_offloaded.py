@@ -1,22 +1,27 @@
 """An offloaded model says what the resident one says, bit for bit, and its store survives whatever interrupts it."""
 
 import random
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import offload
+import packs
 import pytest
 import torch
 
-from workbench import packed
+from workbench import fetching, packed
 from workbench.blocks import PAGE
 from workbench.cache import LatentCache
 from workbench.edits import Ablate, Add, Bias, Force, ReplayRouting, Scale, TopK
 from workbench.engine import Engine
 from workbench.errors import BudgetError, CheckpointError, RequestError
 from workbench.offloaded import Offloaded
+from workbench.opening import open_model
+from workbench.packing import pack
 from workbench.recipe import Recipe
 from workbench.recorder import Recorder
 from workbench.sampling import Sampling
@@ -35,7 +40,7 @@ WAYS = {  # 48 experts in three layers, 4 of a layer for a token
     "copied": {"slots": 12, "far": 1000, "computed": False, "policy": "lfu"},
 }
 PINNED = [(1, 3), (2, 5), (3, 0), (3, 15), (1, 11)]
-HOT = Sampling(temperature=1, top_p=1, max_tokens=5, seed=4)
+HOT = Sampling(temperature=1, top_p=1, max_tokens=4, seed=4)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +126,7 @@ def test_it_says_what_the_resident_model_says(way, case, whole, given):
 @pytest.mark.parametrize("recipe", ["int4", "int8", "int3", "fp8", "bf16", "int6", "int4,*.down_proj.weight=fp8"])
 def test_every_recipe_in_both_types(recipe, dtype, whole, given):
     model = whole("v2", recipe, dtype)
-    for way in ("least, ahead", "far, ahead", "computed there"):
+    for way in ("least, ahead", "computed there"):
         other = offload.offloaded(model, offload.Shelf(model), recipe, **WAYS[way])
         same(model, other, given)
         offload.check(other.store)
@@ -156,8 +161,8 @@ EDITS = {
 def test_edits_and_traces(name, case, whole, tokenizer):
     model = whole(case)
     engines = [Engine(model, tokenizer, "fp32", chunk=9)]
-    recorded = engines[0].generate("How many experts read a token of this prompt?", HOT).trace
-    for way in ("least", "lru", "far, ahead", "computed there"):
+    recorded = engines[0].generate("How many experts read it?", HOT).trace
+    for way in ("least", "far, ahead", "computed there"):
         other = offload.offloaded(model, offload.Shelf(model), **WAYS[way])
         engines.append(Engine(other, tokenizer, "fp32", chunk=9))
     prompt = "Which ones, and why these?"
@@ -329,13 +334,72 @@ def test_an_interrupt_while_experts_are_multiplied(way, error, whole, shelf, giv
     monkeypatch.setattr(packed, "_by_expert", interrupted)
     for _ in range(3):
         left = random.randint(1, 5)
-        try:
+        with suppress(error):
             other(given[0])
-        except error:
-            pass
         offload.check(other.store)
     monkeypatch.undo()
     same(model, other, given)
+
+
+@pytest.mark.parametrize("way", ["least", "far, ahead"])
+def test_an_interrupt_while_blocks_are_awaited(way, whole, shelf, given, monkeypatch):
+    """Where Ctrl-C mostly comes."""
+    model = whole()
+    other = offload.offloaded(model, shelf, **WAYS[way])
+    shelf.before = lambda layer, expert: time.sleep(0.001)
+    waiting, left = fetching.wait, 4
+
+    def interrupted(reading, **how):
+        nonlocal left
+        left -= 1
+        if how and left == 0:
+            raise KeyboardInterrupt
+        return waiting(reading, **how)
+
+    monkeypatch.setattr(fetching, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        other(given[0])
+    offload.check(other.store)
+    monkeypatch.undo()
+    same(model, other, given)
+    offload.check(other.store)
+
+
+def test_an_error_while_looking_ahead(whole, shelf, given, monkeypatch):
+    model = whole()
+    other = offload.offloaded(model, shelf, slots=20)
+
+    def interrupted(layer, x):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(other.store, "_look_ahead", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        other(given[0][:1, :1])
+    monkeypatch.undo()
+    offload.check(other.store)
+    same(model, other, given)
+
+
+def test_a_packed_checkpoint_on_disk(tmp_path):
+    """From the file to the logits, with as little memory as works, and a block that is damaged for a while."""
+    folder = pack(packs.plain(tmp_path / "plain", packs.CASES["v2"]), tmp_path / "packed", "int4").path
+    model = open_model(folder)
+    with pytest.raises(BudgetError) as error:
+        open_model(folder, vram=1, context=256)
+    least = int(re.search(r"vram=(\d+)", str(error.value))[1])
+    other = open_model(folder, vram=least, context=256)
+    assert isinstance(other.store, Offloaded) and other.store.near.count == 2 and other.checksum == model.checksum
+    prompt = torch.randint(150, (2, 30))
+    assert torch.equal(other(prompt), model(prompt))
+    other = open_model(folder, vram=least, context=256)
+    file = folder / "experts-layer-002.safetensors"
+    at = file.stat().st_size - 4096 + 77
+    packs.flip(file, at)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="experts-layer-002"):
+            other(prompt)
+    packs.flip(file, at)
+    assert torch.equal(other(prompt), model(prompt))
 
 
 @pytest.mark.xfail(strict=True, reason="Mixture.forward does not close the waves: the lock stays with the frames")
@@ -358,7 +422,7 @@ def test_an_interrupt_that_somebody_remembers(whole, shelf, given, monkeypatch):
 
     thread = threading.Thread(target=again, daemon=True)
     thread.start()
-    thread.join(5)
+    thread.join(2)
     stuck = thread.is_alive()
     kept.value.__traceback__ = None
     del kept
@@ -452,7 +516,7 @@ def test_random_visits_delays_failures_and_interrupts(how):
 
     def wander(seed):
         rng = np.random.default_rng(seed)
-        for _ in range(60):
+        for _ in range(45):
             layer = int(rng.integers(1, 4))
             ids = rng.integers(11, size=(int(rng.choice([1, 1, 2, 7])), 3))
             what = rng.random()

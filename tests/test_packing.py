@@ -30,6 +30,7 @@ from workbench.packing import JOURNAL, pack, verify
 from workbench.progress import Bar, Progress
 from workbench.quantising import Quantising, nearest
 from workbench.recipe import Recipe
+from workbench.shards import Stored
 
 POCKET = Path(workbench.pocket.__path__[0])
 PRESETS = ("bf16", "fp8", "int8", "int6", "int4", "int3")
@@ -241,6 +242,11 @@ def test_another_recipe_or_source_or_rounding_is_refused_unless_forced(source, t
     with pytest.raises(RequestError, match="packed by int4 from source, and this is .*--force"):
         pack(path, out, kind, round=round)
     assert before == {file.name: file.read_bytes() for file in out.iterdir()}
+    with monkeypatch.context() as patch:
+        fail_at(patch, 50)
+        with pytest.raises(CheckpointError):
+            pack(path, out, kind, round=round, force=True)
+    assert not Pack.is_one(out)  # neither what it was nor what it will be
     forced = pack(path, out, kind, round=round, force=True)
     fresh = pack(path, tmp_path / "fresh", kind, round=round)
     assert forced.checksum == fresh.checksum == Pack.open(out).checksum
@@ -353,9 +359,18 @@ def test_one_matrix_at_a_time(tmp_path, monkeypatch):
         alive.append(weakref.ref(given))
         return given
 
+    read = Stored.read
+
+    def noted(self: Stored) -> torch.Tensor:
+        most.append(sum(given() is not None for given in alive))
+        given = read(self)
+        alive.append(weakref.ref(given))
+        return given
+
     monkeypatch.setattr(Safetensors, "take", tracked)
-    pack(path, tmp_path / "out")
-    assert len(most) > 100 and max(most) == 0
+    monkeypatch.setattr(Stored, "read", noted)
+    pack(path, tmp_path / "out", "int4,*_proj_with_mqa.weight=plain,*.q_proj.weight=plain,lm_head.weight=plain")
+    assert len(most) > 200 and max(most) == 0
 
 
 def test_progress_counts_up_to_the_end_and_goes_on_where_it_was(source, tmp_path, monkeypatch):

@@ -65,7 +65,8 @@ def test_a_table_by_hand_with_main_memory_behind():
     there, _ = offload.pages(layers=2, experts=5, chosen=2, slots=2, far=10, policy="lru", computed=True)
     drive(there, BY_HAND)
     table = Traffic.of(there).table
-    assert table.loc["answer", "computed_far"] == 8 and table.loc["answer", "link_bytes"] == 0
+    # of the prompt b0 and b1 were brought near, and no answer drives them out
+    assert table.loc["answer", ["hits", "computed_far", "link_bytes"]].tolist() == [2, 6, 0]
     assert table.loc["answer", "disk_bytes"] == BLOCK
 
 

@@ -123,15 +123,16 @@ def _plan(options: argparse.Namespace) -> int:
 def _pack(options: argparse.Namespace) -> int:
     from workbench.packing import pack, verify
     from workbench.progress import Bar
+    from workbench.workbench import place
 
     bar = Bar(sys.stderr.write, sys.stderr.isatty())
     if options.verify:
-        verify(options.source, bar)
+        verify(place(options.source), bar)
         print(json.dumps({"verified": str(options.source)}) if options.json else f"{options.source}: all is as written")
         return 0
     if options.out is None:
         raise RequestError("say where the packed checkpoint goes: workbench pack SOURCE OUT.")
-    made = pack(options.source, options.out, options.recipe, progress=bar, force=options.force)
+    made = pack(place(options.source), options.out, options.recipe, progress=bar, force=options.force)
     said = {"out": str(options.out), "recipe": made.recipe.name, "bytes": made.nbytes, "checksum": made.checksum}
     print(json.dumps(said) if options.json else f"{options.out}: {made.nbytes / 1e9:,.2f} GB, checksum {made.checksum}")
     return 0

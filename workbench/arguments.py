@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true")
 
     pack = commands.add_parser("pack", help="write a checkpoint anew with packed weights; goes on after an interrupt")
-    pack.add_argument("source", type=Path, help="a checkpoint directory; with --verify a packed one, to be checked")
+    pack.add_argument("source", help='"pocket", a checkpoint directory or a hub id; with --verify a packed one')
     pack.add_argument("out", type=Path, nargs="?", help="where the packed one goes")
     pack.add_argument("--recipe", default="int4", help='bf16, fp8, int8, int6, int4, int3; "int4,lm_head.weight=bf16"')
     pack.add_argument("--verify", action="store_true", help="read all of SOURCE and check every checksum")

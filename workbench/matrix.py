@@ -6,6 +6,8 @@ import torch
 
 from workbench.codec import Codec, Float, Parts
 
+AT_ONCE = 1 << 20  # weights that are packed together
+
 
 class Matrix:
     """Weights [..., out, in]: part i of the codec is a tensor [..., out, width of part i].
@@ -18,7 +20,12 @@ class Matrix:
 
     @classmethod
     def pack(cls, codec: Codec, dense: torch.Tensor) -> "Matrix":
-        return cls(codec, dense.shape[-1], codec.pack(dense))
+        """Packs [..., out, in], some rows at a time: packing takes some 40 bytes a weight."""
+        rows = dense.flatten(0, -2)
+        made, step = cls.empty(codec, rows.shape, dense.device), max(1, AT_ONCE // dense.shape[-1])
+        for at in range(0, len(rows), step):
+            made[at : at + step].copy_(cls(codec, made.width, codec.pack(rows[at : at + step])))
+        return cls(codec, made.width, tuple(part.view(*dense.shape[:-1], -1) for part in made.parts))
 
     @classmethod
     def empty(cls, codec: Codec, shape: Sequence[int], device: torch.device | str = "cpu") -> "Matrix":

@@ -16,6 +16,7 @@ import torch
 
 from workbench.cache import BLOCK, LatentCache, Pool
 from workbench.footprint import TABLE, WEIGHTS, Footprint
+from workbench.plan import FAR, SLOTS
 from workbench.recorder import Recorder
 from workbench.ring import RoutingRing
 from workbench.storages import Held, measure, together, weigh
@@ -118,6 +119,9 @@ class Meter:
         self._weights = weigh(bench.model)  # they stay as they are
         plain = Footprint(self.config, 0, dtype=bench.model.dtype)
         self._theory = plain.weights | {TABLE: plain.table}
+        if (plan := bench.model.plan) is not None:  # packed, or some experts elsewhere
+            self._theory |= {kind: plan.near.get(kind, 0) for kind in WEIGHTS}
+            self._theory["routed experts"] = plan.near[SLOTS] + plan.host.get(FAR, 0)
 
     @property
     def seconds(self) -> float:

@@ -29,7 +29,11 @@ class Quantising:
         return self.recipe.codec(name)
 
     def take(self, name: str, shape: tuple[int, ...], into: torch.Tensor | None = None) -> torch.Tensor:
-        return self.source.take(name, shape, into)
+        """Of a tensor that is computed with as plain numbers, what packing leaves of it, if the recipe packs it."""
+        plain, codec = self.source.take(name, shape), self.codec(name)
+        if codec is not None and self.device.type != "meta":
+            plain = nearest(name, codec, plain).dense(self.dtype)
+        return plain if into is None else into.copy_(plain)
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
         if self.device.type == "meta":

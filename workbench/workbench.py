@@ -137,7 +137,7 @@ def load(
     is the least that would) say what is wrong and what to do.
     """
     where = _device(device)
-    path = POCKET if name == "pocket" else resolve(name)
+    path = place(name)
     config, packed = Config.from_json(path / "config.json"), Pack.is_one(path)
     kind = _dtype(dtype, where, 0 if packed or recipe else config.parameters().total)
     limited = vram is not None or ram is not None
@@ -154,6 +154,11 @@ def load(
     if limited:
         limits |= {"chunk": model.plan.chunk, "cache_bytes": model.plan.cache_bytes}
     return Workbench(model, tokenizer, path, str(name), cache, **limits)
+
+
+def place(name: str) -> Path:
+    """The directory of "pocket", of a checkpoint directory, or of a hub id."""
+    return POCKET if name == "pocket" else resolve(name)
 
 
 def _asked(prompt: str | list[dict] | list[int]) -> str:
