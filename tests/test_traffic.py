@@ -162,6 +162,24 @@ def test_what_is_said():
     assert traffic.working_set()["max"].max() <= 10
 
 
+class Busy(Transfers):
+    """Another thread is always a little further when the next thing is asked for."""
+
+    rows = property(lambda self: self.visited(Transfers.rows.fget(self)))
+
+    def visited(self, found):
+        self.add(Visit(9, 1, 1, 2, *range(8)), np.array([0, 1]), np.array([True, False]))
+        return found
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="rows, accesses and hits are taken one after the other")
+def test_a_report_while_the_model_runs():
+    store, _ = offload.pages(layers=2, experts=5, chosen=2, slots=4, policy="lru")
+    drive(store, BY_HAND)
+    store.transfers.__class__ = Busy
+    assert Traffic.of(store).table.loc["answer", "hits"] >= 6
+
+
 @pytest.mark.xfail(strict=True, reason="one _last for all threads: a pass is cut where another thread's begins")
 def test_passes_of_threads_that_take_turns():
     store, _ = offload.pages(layers=2, experts=5, chosen=2, slots=4)

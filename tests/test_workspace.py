@@ -77,7 +77,7 @@ def filled(config: Config, format: str, before: int, new: int, batch: int, alone
             one.advance(count)
     for part in (part for parts in cache.pool.layers for part in parts):
         part.zero_()
-    cache = cache.only(*range(batch))
+    one, cache = None, cache.only(*range(batch))  # the blocks of the other one are free for what comes
     cache.reserve(new)
     assert isinstance(cache.sequences[0].where, slice) == alone
     return cache

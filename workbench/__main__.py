@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 from workbench.arguments import SAMPLING, parser
 from workbench.errors import RequestError, WorkbenchError
@@ -120,6 +122,16 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrated(options: argparse.Namespace, moments: Path):
+    from workbench.calibration import Calibration, texts_of, write
+    from workbench.rounding import compensated
+    from workbench.workbench import load
+
+    bench = load(options.source)
+    write(bench.model, texts_of(options.calibrate, bench.tokenizer), moments)
+    return compensated(Calibration.open(moments))
+
+
 def _pack(options: argparse.Namespace) -> int:
     from workbench.packing import pack, verify
     from workbench.progress import Bar
@@ -132,7 +144,11 @@ def _pack(options: argparse.Namespace) -> int:
         return 0
     if options.out is None:
         raise RequestError("say where the packed checkpoint goes: workbench pack SOURCE OUT.")
-    made = pack(place(options.source), options.out, options.recipe, progress=bar, force=options.force)
+    source, how = place(options.source), {"progress": bar, "force": options.force}
+    with tempfile.TemporaryDirectory() as folder:  # of the moments, which are read while it packs
+        if options.calibrate is not None:
+            how["round"] = _calibrated(options, Path(folder) / "moments.safetensors")
+        made = pack(source, options.out, options.recipe, **how)
     said = {"out": str(options.out), "recipe": made.recipe.name, "bytes": made.nbytes, "checksum": made.checksum}
     print(json.dumps(said) if options.json else f"{options.out}: {made.nbytes / 1e9:,.2f} GB, checksum {made.checksum}")
     return 0
@@ -193,7 +209,7 @@ BENCHES = {
     "probes": ("shape", "rounds", "context"),
     "cache": ("rounds", "formats", "quick"),
     "schemes": ("quick",),
-    "weights": ("quick",),
+    "weights": ("quick", "recipes"),
     "offload": ("rounds", "context", "ram", "vram", "device", "tokens", "llama", "gguf"),
 }
 
@@ -206,7 +222,7 @@ def _bench(options: argparse.Namespace) -> int:
     wrong = [f"--{name}" for name in told if name not in BENCHES[options.what]]
     if wrong:
         raise RequestError(f"{', '.join(wrong)} is not of `workbench bench {options.what}`.")
-    if options.what in ("cache", "offload"):
+    if options.what in ("cache", "offload", "weights"):
         told["progress"] = lambda stage: _note(f"{stage} ...")
     result = measure(options.checkpoint, dtype=options.dtype, threads=options.threads, **told)
     print(json.dumps(result.to_dict(), indent=2) if options.json else result)

@@ -68,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument("source", help='"pocket", a checkpoint directory or a hub id; with --verify a packed one')
     pack.add_argument("out", type=Path, nargs="?", help="where the packed one goes")
     pack.add_argument("--recipe", default="int4", help='bf16, fp8, int8, int6, int4, int3; "int4,lm_head.weight=bf16"')
+    pack.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="TEXT",
+        help="round by what matrices read: a text a line; SOURCE must fit memory",
+    )
     pack.add_argument("--verify", action="store_true", help="read all of SOURCE and check every checksum")
     pack.add_argument("--force", action="store_true", help="drop what another recipe or source left in OUT")
     pack.add_argument("--json", action="store_true")
@@ -113,6 +119,7 @@ def parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="of cache and schemes: less text, wider intervals",
     )
+    bench.add_argument("--recipes", nargs="+", default=argparse.SUPPRESS, help="of weights: int4 int4+compensated ...")
     bench.add_argument("--ram", default=argparse.SUPPRESS, help="of offload: the hard limit, 4GB if not given")
     bench.add_argument("--vram", default=argparse.SUPPRESS, help="of offload: a limit of GPU memory beside it")
     bench.add_argument("--device", default=argparse.SUPPRESS, help="of offload: cpu or cuda")

@@ -18,6 +18,7 @@ from workbench.experts import Resident
 from workbench.model import Dense, Mixture, Model
 from workbench.packfile import Entry, PackFile, PackWriter
 from workbench.probe import OFF, Probe
+from workbench.tokenizer import Tokenizer
 
 KIND = "deepseek-workbench calibration"
 LIMIT = 8 * 2**30  # bytes of moments that are held at once
@@ -131,6 +132,18 @@ class Calibration:
         if not torch.isfinite(moment).all():
             raise CheckpointError(f"{matrix}: the moment {name} is not finite. Calibrate again in bf16 or fp32.")
         return moment
+
+
+def texts_of(file: Path, tokenizer: Tokenizer) -> list[torch.Tensor]:
+    """A text a line, at most `TOKENS` of each. RequestError where the file cannot be read or has nothing in it."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file}: cannot be read as text ({error}).") from None
+    read = [[tokenizer.bos, *tokenizer.encode(line)][:TOKENS] for line in lines if line.strip()]
+    if not read:
+        raise RequestError(f"{file}: nothing in it. Give some thousand tokens of what the model will read.")
+    return [torch.tensor([tokens]) for tokens in read]
 
 
 def write(model: Model, texts: Sequence[torch.Tensor], path: Path, limit: int = LIMIT) -> None:

@@ -21,6 +21,8 @@ class Matrix:
     @classmethod
     def pack(cls, codec: Codec, dense: torch.Tensor) -> "Matrix":
         """Packs [..., out, in], some rows at a time: packing takes some 40 bytes a weight."""
+        if isinstance(codec, Float):
+            return cls(codec, dense.shape[-1], codec.pack(dense))
         rows = dense.flatten(0, -2)
         made, step = cls.empty(codec, rows.shape, dense.device), max(1, AT_ONCE // dense.shape[-1])
         for at in range(0, len(rows), step):

@@ -32,9 +32,11 @@ class Traffic:
     @classmethod
     def of(cls, store: Offloaded, since: int = 0) -> "Traffic":
         """Columns of the table: passes, tokens, accesses, hits (what was near and had not been read ahead for this),
-        from_far, from_disk, early (read ahead), computed_far, hit_rate, foretold (share of what was read ahead that was
-        then asked for), disk_bytes and link_bytes (to the device), waited (seconds), seconds (from the end of the pass before to the
-        end of this one, so with attention and sampling), tokens_per_second. RequestError where nothing ran since then.
+        from_far, from_disk, early (read ahead), computed_far, hit_rate, foretold (share of what was read ahead that
+        was then asked for), disk_bytes and link_bytes (to the device), waited (seconds), seconds (from the end of the
+        pass before to the end of this one, so with attention and sampling), tokens_per_second.
+
+        RequestError where nothing ran since then, or all experts are in memory.
         """
         if not isinstance(store, Offloaded):
             raise RequestError("all experts of this model are in memory, so nothing is fetched. Give a smaller budget.")

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-COLUMNS = ("moving", "layer", "tokens", "needed", "near", "far", "disk", "early", "read", "computed_far", "waited", "at")
 NEAR, FAR, DISK, MOVING = 0, 1, 2, 3  # where an expert is
 
 
@@ -26,6 +25,9 @@ class Visit(NamedTuple):
     computed_far: int
     waited: float
     at: float
+
+
+COLUMNS = Visit._fields
 
 
 class Transfers:

@@ -6,6 +6,7 @@ from workbench.exercises.claims import check_supports
 from workbench.exercises.edits import check_without_group
 from workbench.exercises.feedback import Feedback
 from workbench.exercises.mixture import MIX, check_mix
+from workbench.exercises.offloading import check_hits_needed, check_packed_bytes
 from workbench.exercises.positions import check_rotate_pairs
 from workbench.exercises.probes import check_zero_head
 from workbench.exercises.routing import CHOOSE, check_choose
@@ -22,8 +23,10 @@ __all__ = [
     "check_cached_elements",
     "check_choose",
     "check_held_bytes",
+    "check_hits_needed",
     "check_mix",
     "check_overlap",
+    "check_packed_bytes",
     "check_pack_five",
     "check_permutation_p",
     "check_quantise",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageColor
 
-from workbench.widgets.picture import INK, PAPER, SCALE, SOFT, _page, _png, _text
+from workbench.widgets.picture import INK, PAPER, SCALE, SOFT, _font, _page, _png, _text
 
 LEFT, TOP, BELOW = 70, 62, 40
 
@@ -34,5 +34,5 @@ def mosaic(kinds: np.ndarray, layers: Sequence[int], legend: Sequence[tuple[str,
     for colour, words in legend:
         draw.rectangle((x * SCALE, (y + 2) * SCALE, (x + 10) * SCALE, (y + 12) * SCALE), fill=colour)
         _text(draw, (x + 15, y), words, 10, INK)
-        x += 32 + int(draw.textlength(words, font_size=10 * SCALE)) / SCALE
+        x += 32 + int(draw.textlength(words, _font(10))) / SCALE
     return _png(image)

@@ -1,4 +1,4 @@
-"""A tally of what an offloaded store did: how often each expert was used, what each pass took, what was best possible."""
+"""A tally of what an offloaded store did: uses of each expert, what each pass took, and the best that was possible."""
 
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class Log(NamedTuple):
 
 
 class Tally:
-    """What the store did up to the last `read`. It runs on meanwhile: only whole visits are taken in.
+    """What the store did up to the last `read`. It runs on meanwhile: only whole visits are taken in. Holds no weights.
 
     uses    int64 [MoE layers x experts], visits that asked for the expert
     seen    int64, how many tokens had been read at the end of the last pass that used it
@@ -54,7 +54,7 @@ class Tally:
     """
 
     def __init__(self, store: Offloaded):
-        self.store = store
+        self.transfers, self.slots, self._end = store.transfers, store.near.count, store.layers[-1]
         keys = len(store.layers) * store.experts
         self.uses, self.seen = np.zeros(keys, np.int64), np.zeros(keys, np.int64)
         self.tokens = 0
@@ -79,7 +79,7 @@ class Tally:
     @property
     def finished(self) -> list[Pass]:
         """The passes that are over; one that was stopped is over when the next begins."""
-        return self.passes if self._last == self.store.layers[-1] else self.passes[:-1]
+        return self.passes if self._last == self._end else self.passes[:-1]
 
     def best(self) -> Best | None:
         """Of passes of one token, or of all where there are none; None before any is over.
@@ -98,7 +98,7 @@ class Tally:
         key = np.concatenate([before, log.key])
         # blocks go by their keys here, as if of one layer: the visit before all others is to every layer at once
         accesses = Accesses(visit, np.zeros_like(key), key, visit, blocks=len(self.uses))
-        perfect = belady(accesses, self.store.near.count)[len(before) :]
+        perfect = belady(accesses, self.slots)[len(before) :]
         answers = log.rows[:, TOKENS] == 1
         rows = answers if answers.any() else ~answers
         counted = rows[log.visit]
@@ -117,10 +117,9 @@ class Tally:
 
     def _log(self, start: int, stop: int | None = None) -> Log:
         """From visit `start` on. The accesses of a visit are counted after it: one whose are missing is left out."""
-        transfers = self.store.transfers
-        stop = transfers.visits if stop is None else stop
-        (visit, key), hit = transfers.accesses, transfers.hits
-        rows, visit = transfers.rows[start:stop], visit[: min(len(key), len(hit))]
+        stop = self.transfers.visits if stop is None else stop
+        (visit, key), hit = self.transfers.accesses, self.transfers.hits
+        rows, visit = self.transfers.rows[start:stop], visit[: min(len(key), len(hit))]
         begin, end = np.searchsorted(visit, (start, stop)) if len(rows) else (0, 0)
         if end - begin < rows[:, NEEDED].sum():
             return self._log(start, stop - 1)
