@@ -378,9 +378,10 @@ def test_an_interrupt_while_blocks_are_awaited(way, whole, shelf, given, monkeyp
         return waiting(reading, **how)
 
     monkeypatch.setattr(fetching, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as kept:  # and with it the frames, that hold what they hold
         other(given[0])
     offload.check(other.store)
+    del kept
     monkeypatch.undo()
     same(model, other, given)
     offload.check(other.store)
@@ -389,15 +390,18 @@ def test_an_interrupt_while_blocks_are_awaited(way, whole, shelf, given, monkeyp
 def test_an_error_while_looking_ahead(whole, shelf, given, monkeypatch):
     model = whole()
     other = offload.offloaded(model, shelf, slots=20)
+    other(given[0])
 
     def interrupted(layer, x):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(other.store, "_look_ahead", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        other(given[0][:1, :1])
-    monkeypatch.undo()
-    offload.check(other.store)
+    for token in given[0][0, :9]:
+        monkeypatch.setattr(other.store, "_look_ahead", interrupted)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            other(token.view(1, 1))
+        monkeypatch.undo()
+        offload.check(other.store)
+        del kept
     same(model, other, given)
 
 
@@ -460,10 +464,11 @@ def test_an_interrupt_while_blocks_are_copied(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store.link, "copy", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as kept:
         offload.visit(store, 1, [[0, 1, 2]])
     monkeypatch.undo()
     offload.check(store)
+    del kept
     offload.visit(store, 1, torch.randint(11, (9, 3)))
     offload.check(store)
 
@@ -521,11 +526,14 @@ def test_an_error_that_no_shelf_should_raise(kind):
         {"slots": 5, "far": 17, "ahead": 3, "policy": 2.0},
         {"slots": 6, "far": 12, "ahead": 3, "computed": True},
         {"slots": 12, "far": 5, "ahead": 2, "computed": True, "policy": "lru"},
+        {"slots": 4, "far": 14, "ahead": 2, "computed": "some"},
     ],
     ids=str,
 )
 def test_random_visits_delays_failures_and_interrupts(how):
     store, shelf = offload.pages(**how)
+    if how.get("computed") == "some":  # as a GPU shares the work
+        store.link.split = lambda experts: random.randint(0, experts)
     seed = random.randrange(1 << 30)
     done = []
 

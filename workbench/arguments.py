@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "--calibrate",
         type=Path,
         metavar="TEXT",
-        help="round by what matrices read: a text a line; SOURCE must fit memory",
+        help="round by what matrices read of these texts, one a line",
     )
     pack.add_argument("--verify", action="store_true", help="read all of SOURCE and check every checksum")
     pack.add_argument("--force", action="store_true", help="drop what another recipe or source left in OUT")

@@ -153,7 +153,8 @@ def load(
     limits = {"context": context}
     if limited:
         limits |= {"chunk": model.plan.chunk, "cache_bytes": model.plan.cache_bytes}
-    return Workbench(model, tokenizer, path, str(name), cache, **limits)
+    marked = f"{name} (random weights)" if packed and Pack.open(path).synthetic else str(name)
+    return Workbench(model, tokenizer, path, marked, cache, **limits)
 
 
 def place(name: str) -> Path:

@@ -89,14 +89,15 @@ class ExpertMapView extends View {
     this.drawSoon();
   }
 
-  on_news({ tokens, passes, done, best }, [changed, states, used]) {
+  on_news({ passes = [], done = [], best }, [changed, states, used]) {
     if (!this.facts) return; // all of it is asked for already
     const bytes = numbers(Uint8Array, states);
     if (changed.byteLength) keysOf(numbers(Uint8Array, changed)).forEach((key, n) => (this.states[key] = code(bytes, n)));
     else if (bytes.length) this.states.forEach((_, key) => (this.states[key] = code(bytes, key)));
     const marks = numbers(Uint8Array, used);
     let from = 0;
-    for (const [at, length] of passes) {
+    for (let n = 0; n < passes.length; n += 2) {
+      const [at, length] = passes.slice(n, n + 2);
       const part = marks.subarray(from, (from += length));
       const bits = length === Math.ceil(this.cells / 8);
       const keys = bits ? Array.from({ length: this.cells }, (_, key) => key).filter((key) => (part[key >> 3] >> (key & 7)) & 1) : keysOf(part);
@@ -104,8 +105,7 @@ class ExpertMapView extends View {
       if (at > this.tokens) this.step = at - this.tokens;
       this.tokens = at;
     }
-    this.tokens = tokens;
-    this.best = best;
+    this.best = best ?? this.best;
     this.passes.add(done);
     if (!this.still.matches) this.drawSoon();
     else this.waiting ??= setTimeout(() => ((this.waiting = null), this.drawSoon()), 1000); // no flicker

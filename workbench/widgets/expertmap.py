@@ -107,22 +107,21 @@ class ExpertMap(View):
             news, changed = self._tally.read(), np.flatnonzero(self._where != before)
             self._work_out()
             used, cells = [_marks(keys, self._where.size) for _, keys in news], self._where.reshape(-1)
-            if sum(map(len, used)) > self._where.size:  # a page that knows nothing would hear no more than that
+            if sum(map(len, used)) > 4 * self._where.size + 20 * SHOWN:  # more than a page that knows nothing is told
                 self._show(None)
                 return
             done, best = self._rows(self._told), self._best
             if not (len(changed) or news or done or best != self._said):
                 return
-            self._told, self._said = self._told + len(done), best
             moved, whole = [gaps(changed), packed(cells[changed])], [b"", packed(cells)]
-            message = {
-                "kind": "news",
-                "tokens": self._tally.tokens,
-                "passes": [[at, len(part)] for (at, _), part in zip(news, used)],
+            parts = {
+                "passes": [number for (at, _), part in zip(news, used) for number in (at, len(part))],
                 "done": done,
-                "best": best and [short(best.oracle), short(best.own), best.passes],
+                "best": _rates(best) if best != self._said else None,
             }
-            self._tell(message, [*min(moved, whole, key=lambda parts: sum(map(len, parts))), b"".join(used)])
+            self._told, self._said = self._told + len(done), best
+            content = {"kind": "news"} | {name: part for name, part in parts.items() if part}
+            self._tell(content, [*min(moved, whole, key=lambda two: sum(map(len, two))), b"".join(used)])
 
     def retire(self) -> None:
         """Looks no more and lets the store go; what was seen stays."""
@@ -162,7 +161,7 @@ class ExpertMap(View):
             "facts": self._facts,
             "tokens": tally.tokens,
             "done": self._rows(max(0, over - SHOWN)),
-            "best": best and [short(best.oracle), short(best.own), best.passes],
+            "best": _rates(best),
         }
         self._tell(message, [packed(self._where.reshape(-1)), small(tally.uses), small(tally.seen)])
 
@@ -234,6 +233,10 @@ def _marks(keys: np.ndarray, count: int) -> bytes:
     marks[keys] = True
     bits = np.packbits(marks, bitorder="little").tobytes()
     return min(gaps(keys), bits, key=lambda coded: (len(coded), coded is not bits))
+
+
+def _rates(best: Best | None) -> list | None:
+    return best and [short(best.oracle), short(best.own), best.passes]
 
 
 def _facts(store: Offloaded) -> dict:
