@@ -91,6 +91,13 @@ def test_links_lead_somewhere(path):
 
 
 @notebook
+def test_the_end_leads_to_the_next_or_back_to_the_tour(path):
+    following = NOTEBOOKS[NOTEBOOKS.index(path) + 1 :][:1] or NOTEBOOKS[:1]
+    end = text(cells(path, "markdown")[-1])
+    assert any(f"]({other.name})" in end for other in (*following, *NOTEBOOKS[:1]))
+
+
+@notebook
 def test_what_can_be_opened_is_closed(path):
     for cell in cells(path, "markdown"):
         said = text(cell)

@@ -83,26 +83,31 @@ def filled(config: Config, format: str, before: int, new: int, batch: int, alone
     return cache
 
 
-@pytest.mark.parametrize(
-    ("new", "length", "batch", "alone"),
-    [
-        (300, 300, 1, True),  # expanded
-        (260, 2900, 1, True),
-        (260, 2900, 1, False),  # in parts
-        (40, 3001, 1, True),  # absorbed
-        (40, 3001, 1, False),
-        (1, 3000, 1, True),
-        (1, 1500, 11, False),
-    ],
-)
-@pytest.mark.parametrize("cache", ["fp32", "bf16", "q6", "q6+128"])
-@pytest.mark.parametrize(("config", "recipe", "dtype"), [
+PASSES = [
+    (200, 200, 1, True),  # expanded
+    (130, 1500, 1, True),
+    (130, 1500, 1, False),  # in parts
+    (40, 1601, 1, True),  # absorbed
+    (40, 1601, 1, False),
+    (1, 2000, 1, True),
+    (1, 1100, 11, False),
+]
+CACHES = ["fp32", "q6+128", "bf16", "q6"]
+MODELS = [
     (SHAPE, "int4", "fp32"),
     (SHAPE, None, "bf16"),
     (DIRECT, "int4", "bf16"),
     (DIRECT, None, "fp32"),
     (SHAPE, "fp8", "fp32"),
-])  # fmt: skip
+]
+CASES = [
+    (*MODELS[(one + 2 * turn) % len(MODELS)], CACHES[(one + turn) % len(CACHES)], *PASSES[one])
+    for turn in range(2)
+    for one in range(len(PASSES))
+]
+
+
+@pytest.mark.parametrize(("config", "recipe", "dtype", "cache", "new", "length", "batch", "alone"), CASES)
 def test_a_pass_takes_no_more_and_not_half_of_it(model, config, recipe, dtype, cache, new, length, batch, alone):
     made, kind = model(config, recipe, TYPES[dtype]), Recipe.named(recipe) if recipe else None
     rows = filled(config, cache, length - new, new, batch, alone)

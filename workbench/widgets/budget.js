@@ -146,7 +146,7 @@ class BudgetView extends View {
       piece.style.flexGrow = String(bytes / all);
       return piece;
     }));
-    const words = limit ? `${size(total)} of ${sold(limit)}` : size(total);
+    const words = limit ? `${size(total)} of ${size(limit)} (${sold(limit)})` : size(total);
     return element("section", { className: "wbm-part", "aria-label": name }, heading(`${name[0].toUpperCase()}${name.slice(1)}`, element("span", { className: "wbm-note" }, words)), stack,
       element("div", { className: "wbm-keys" }, drawn.map(([part, bytes, kind]) => key(kind, `${part} ${size(bytes)}`))));
   }

@@ -2,6 +2,7 @@
 
 const [NEAR, FAR, DISK, MOVING] = Array(4).keys();
 const KINDS = ["near", "far", "disk", "moving"];
+const GLOW = [1, 1, 0.35, 0]; // how much a use shows: what is on its way is not computed now, and disk stays faint
 const FADES = 0.62; // of the glow is left after each further pass
 const GLOWS = 8; // passes until nothing is left
 const SIDE = { left: 58, right: 14, top: 22, bottom: 4 };
@@ -193,7 +194,7 @@ class ExpertMapView extends View {
     pen.clearRect(0, 0, this.canvas.width, this.canvas.height);
     this.root.classList.toggle("wbe-dark", palette.dark);
     const tones = TONES[palette.dark ? "dark" : "light"];
-    const shades = KINDS.map((kind, n) => Array.from({ length: GLOWS + 1 }, (_, age) => mixed(tones[kind], tones.glow, age < GLOWS ? FADES ** age * (n === DISK ? 0.35 : 1) : 0)));
+    const shades = KINDS.map((kind, n) => Array.from({ length: GLOWS + 1 }, (_, age) => mixed(tones[kind], tones.glow, age < GLOWS ? FADES ** age * GLOW[n] : 0)));
     const edge = (place) => Math.round(place * ratio); // whole pixels of the screen: cells are sharp and their gaps alike
     const gap = Math.max(1, Math.round((pitch >= 9 ? 2 : 0.8) * ratio));
     for (let row = 0, key = 0; row < layers.length; row++) {
