@@ -23,7 +23,7 @@ class Page:
     """Decodes what the browser half is told."""
 
     def __init__(self, view):
-        self.sizes, self.kinds = [], []
+        self.sizes, self.kinds, self.cells = [], [], 0
         view._tell = self.hear
 
     def hear(self, message, buffers=()):
@@ -41,6 +41,8 @@ class Page:
         self.tokens, self.done, self.best = message["tokens"], message["done"], message["best"]
 
     def news(self, message, buffers):
+        if not self.cells:
+            return
         changed, states, used = buffers
         if len(changed):
             keys = ungapped(changed)
@@ -147,9 +149,9 @@ def test_a_page_knows_what_the_kernel_knows(made, rng, shape, monkeypatch):
     store, _ = offload.pages(**SHAPES[shape])
     view = made(store)
     page = Page(view)
-    monkeypatch.setattr(expertmap.threading.Thread, "start", lambda _: None)
     tokens_of(rng, store, 4)
-    view._snapshot("new")
+    view.update()
+    view._show(None)
     real, size = store.where, len(store.layers) * store.experts
     for turn in range(30):
         for _ in range(rng.integers(0, 4)):

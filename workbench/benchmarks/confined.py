@@ -60,14 +60,13 @@ def fence(limit: int) -> Iterator[Fence]:
     yield Fence("RLIMIT_DATA", None, limit)
 
 
-def run(module: str, question: dict, limit: int) -> tuple[dict, dict]:
+def run(module: str, question: dict, limit: int, **surroundings: str) -> tuple[dict, dict]:
     """`python -m module`, with the question as JSON on its input: what it answers as JSON in its last line, and how it
-    was kept. BudgetError where it was killed or failed.
+    was kept. `surroundings` are environment variables. BudgetError where it was killed or failed.
     """
     with fence(limit) as kept:
         command = [sys.executable, "-m", module]
-        # threads that wait asleep leave the cores to those that read from disk
-        surroundings = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        surroundings = os.environ | surroundings
         done = subprocess.run(
             command, input=json.dumps(question), capture_output=True, text=True, preexec_fn=kept.enter, env=surroundings
         )

@@ -56,8 +56,13 @@ class Result:
 
     @property
     def ratio(self) -> float | None:
-        """To llama.cpp, of the medians."""
-        return statistics.median(self.speeds) / statistics.median(self.llama["speeds"]) if self.llama else None
+        """To llama.cpp, of the medians, without drawing tokens on either side."""
+        return statistics.median(self.bare) / statistics.median(self.llama["speeds"]) if self.llama else None
+
+    @property
+    def bare(self) -> list[float]:
+        """Tokens a second of each round for random tokens, none of which is drawn."""
+        return [one["bare_tokens_per_second"] for one in self.rounds]
 
     def to_dict(self) -> dict:
         own = {"about": self.about, "rounds": self.rounds, "fences": self.fences, "rates": self.rates}
@@ -73,6 +78,7 @@ class Result:
             f"{about['cpu']}; torch {about['torch']}",
             scatter(about["load"]).rstrip(),
             f"tokens/s            {median:8.2f}   rounds {min(self.speeds):.2f} to {max(self.speeds):.2f}",
+            f"without drawing     {statistics.median(self.bare):8.2f}   rounds {min(self.bare):.2f} to {max(self.bare):.2f}",
             f"peak RSS            {peak / 1e9:8.2f} GB",
             f"bound               {1e3 / bound['ms']:8.2f} tokens/s: disk {bound['disk_bytes'] / 1e6:,.0f} MB a token "
             f"at {self.rates['disk'] / 1e9:.2f} GB/s, memory {bound['memory_bytes'] / 1e6:,.0f} MB at "
@@ -132,6 +138,10 @@ def measure(
         "dtype": {"float32": "fp32", "bfloat16": "bf16"}[dtype],
     }
     how |= {"vram": vram} if vram else {}
+    limits = {name: value for name, value in how.items() if value is not None}
+    surroundings = {}
+    if not Plan.make(pack.config, pack.recipe, **limits).whole:
+        surroundings["OMP_WAIT_POLICY"] = "PASSIVE"  # who waits asleep leaves the cores to those that read from disk
     with computing_with(threads):
         where = about(pack.config, checkpoint, None) | {"dtype": dtype, "recipe": pack.recipe.name}
         where |= {
@@ -152,7 +162,7 @@ def measure(
         try:
             for number in range(rounds):
                 progress(f"round {number + 1} of {rounds}")
-                answers.append(run(CHILD, question | {"rounds": 1, "seed": number} | how, limit))
+                answers.append(run(CHILD, question | {"rounds": 1, "seed": number} | how, limit, **surroundings))
                 if rival:
                     theirs += rival.decode(prompt, tokens, 1)
         finally:
@@ -160,7 +170,6 @@ def measure(
                 rival.close()
     said = {"speeds": theirs, "version": rival.version, "system": rival.system} if rival else None
     held = {name: size for name, size in answers[0][0]["held"].items() if name != CACHE}  # it grows with the text
-    limits = {name: value for name, value in how.items() if value is not None}
     process = answers[0][0]["plan"]["process"]
     plan = Plan.make(pack.config, pack.recipe, measured=rates, process=process, **limits)
     foretold = tuple(speed.tokens_per_second for speed in plan.speed_range())
