@@ -11,6 +11,7 @@ from traces import random_trace
 
 from workbench import ops
 from workbench.benchmarks.mixture import experts_by_k
+from workbench.blocks import Bank
 from workbench.config import Config
 from workbench.errors import RequestError
 from workbench.lens.mixture import left_out, sliced
@@ -175,6 +176,6 @@ def test_what_is_left_out_is_missing():
 
 def test_every_number_of_experts_is_timed():
     gate_up, down = torch.randn(4, 6, 5), torch.randn(4, 5, 3)
-    table = experts_by_k(torch.randn(2, 5), torch.randn(4, 5), (gate_up, down), ks=(1, 4), repeats=3)
+    table = experts_by_k(torch.randn(2, 5), torch.randn(4, 5), Bank(gate_up, down), ks=(1, 4), repeats=3)
     assert table.index.tolist() == [1, 4] and (table > 0).all().all()
     assert (table["fastest"] <= table["median"]).all() and (table["median"] <= table["slowest"]).all()

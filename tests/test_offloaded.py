@@ -275,7 +275,6 @@ def test_what_cannot_be_is_refused(whole, shelf):
     shelf.layout = whole_layout
 
 
-@pytest.mark.xfail(strict=True, reason="not checked: they are taken for something else, or end in a KeyError")
 @pytest.mark.parametrize(
     "wrong", [{"policy": -1.0}, {"policy": float("nan")}, {"policy": None}, {"ahead": -1}], ids=str
 )
@@ -284,7 +283,6 @@ def test_settings_that_make_no_sense(wrong):
         offload.pages(slots=9, **wrong)
 
 
-@pytest.mark.xfail(strict=True, reason="not checked: (1, 12) of 11 experts pins another layer's, (9, 0) is a KeyError")
 @pytest.mark.parametrize("pair", [(1, 12), (1, -1), (9, 0), (1, 99)], ids=str)
 def test_pins_that_are_nowhere(pair):
     with pytest.raises(RequestError):
@@ -427,7 +425,6 @@ def test_a_packed_checkpoint_on_disk(tmp_path):
     assert torch.equal(other(prompt), model(prompt))
 
 
-@pytest.mark.xfail(strict=True, reason="Mixture.forward does not close the waves: the lock stays with the frames")
 def test_an_interrupt_that_somebody_remembers(whole, shelf, given, monkeypatch):
     """A notebook keeps the last error, the error its frames, and they the store's lock."""
     model = whole()
@@ -454,7 +451,6 @@ def test_an_interrupt_that_somebody_remembers(whole, shelf, given, monkeypatch):
     assert not stuck, "the store waits for a visit that nobody will end"
 
 
-@pytest.mark.xfail(strict=True, reason="the slot stays LOADING: _bring claims, and nothing drops it")
 def test_an_interrupt_while_blocks_are_copied(monkeypatch):
     store, _ = offload.pages(slots=4, far=9)
     copy = store.link.copy
@@ -473,7 +469,6 @@ def test_an_interrupt_while_blocks_are_copied(monkeypatch):
     offload.check(store)
 
 
-@pytest.mark.xfail(strict=True, reason="the slot stays LOADING: fetch claims before it submits")
 def test_a_reader_that_cannot_be_started(monkeypatch):
     store, _ = offload.pages(slots=4)
     submit, left = store.readers.submit, 2
@@ -493,7 +488,6 @@ def test_a_reader_that_cannot_be_started(monkeypatch):
     offload.visit(store, 1, torch.randint(11, (9, 3)))
 
 
-@pytest.mark.xfail(strict=True, reason="end() lands only CheckpointErrors: the others stay LOADING")
 @pytest.mark.parametrize("kind", [OSError, MemoryError], ids=lambda kind: kind.__name__)
 def test_an_error_that_no_shelf_should_raise(kind):
     store, shelf = offload.pages(slots=5, far=7)
@@ -608,7 +602,6 @@ def test_where_experts_are():
     assert store.where()[2, [0, 2, 5]].tolist() == [NEAR] * 3
 
 
-@pytest.mark.xfail(strict=True, reason="minimum(DISK, MOVING) is DISK: MOVING is never said")
 def test_where_experts_are_on_their_way():
     store, shelf = offload.pages(slots=3)
     begun, go_on = threading.Semaphore(0), threading.Event()

@@ -294,6 +294,15 @@ def test_wait_says_what_to_do_when_it_takes_too_long(conversation):
     conversation.wait(SECONDS)
 
 
+@pytest.fixture
+def interruptible():
+    """A shell may start what it runs deaf to an interrupt."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupting_the_wait_stops_the_reply(conversation):
     hold(conversation)
     reply = conversation.send("hi")

@@ -53,17 +53,21 @@ class Pool:
         packed = sum(part.untyped_storage().nbytes() for parts in self.layers for part in parts)
         return packed + sum(sequence.window.nbytes for sequence in self.sequences if sequence.window)
 
+    def block_bytes(self, format: Format | None = None) -> int:
+        """Of 64 rows in every layer, packed in this format or in the one they are in."""
+        return BLOCK * (format or self.format).nbytes(self.row) * len(self.layers)
+
     @property
-    def block_bytes(self) -> int:
-        """Of 64 rows in every layer."""
-        return BLOCK * self.format.nbytes(self.row) * len(self.layers)
+    def window_bytes(self) -> int:
+        """Of what one sequence keeps wide."""
+        return self.recent * self.row.width * torch.bfloat16.itemsize * len(self.layers)
 
     def take(self, count: int) -> list[int]:
         """Blocks nobody uses, lowest first, so that a lone sequence stays contiguous."""
         free = [block for block in range(self.blocks) if block not in self.users][:count]
         missing = count - len(free)
         if missing:
-            self.admit(missing * self.block_bytes)
+            self.admit(missing * self.block_bytes())
             free += range(self.blocks, self.blocks + missing)
             self._resize(self.blocks + missing)
         self.users.update(free)
@@ -162,16 +166,12 @@ class LatentCache:
     def __init__(self, config: Config, batch: int = 1, format: str | Format = "bf16", device: Device = "cpu"):
         self.config = config
         self.pool = Pool(config, cache_format(format), device)
-        self.sequences = [Sequence(self.pool, [], 0, self._window()) for _ in range(batch)]
+        self.sequences = [Sequence(self.pool, [], 0) for _ in range(batch)]
 
     @classmethod
     def for_model(cls, config: Config, batch: int = 1, format: str | Format = "bf16", device: Device = "cpu"):
         """An empty cache for a model of this shape."""
         return cls(config, batch, format, device)
-
-    def _window(self) -> Window | None:
-        pool = self.pool
-        return Window(len(pool.layers), pool.recent, pool.row.width, pool.device) if pool.format.recent else None
 
     def _over(self, sequences: list[Sequence]) -> "LatentCache":
         other = object.__new__(LatentCache)
@@ -210,9 +210,10 @@ class LatentCache:
         """A copy that shares every block until one side writes to it."""
         # not the room reserved by a pass that was interrupted: both sides would write there
         tables = [sequence.table[: -(-sequence.length // BLOCK)] for sequence in self.sequences]
+        self.pool.admit(self.pool.window_bytes * sum(1 for sequence in self.sequences if sequence.window))
+        windows = [sequence.window and sequence.window.copy() for sequence in self.sequences]
         for table in tables:
             self.pool.share(table)
-        windows = [sequence.window and sequence.window.copy() for sequence in self.sequences]
         return self._over([Sequence(self.pool, *each) for each in zip(tables, self.lengths, windows, strict=True)])
 
     def truncate(self, length: int, sequence: int | None = None) -> None:
@@ -229,6 +230,8 @@ class LatentCache:
             each.locate(length, self.pool.device)
             if each.window:
                 each.window.truncate(length)
+            if not length:
+                each.window = None  # an empty sequence holds nothing
             self.pool.release(dropped)
 
     def reserve(self, tokens: int) -> None:
@@ -254,6 +257,9 @@ class LatentCache:
             sequence.locate(needed, self.pool.device)
             if sequence.window:
                 sequence.window.truncate(sequence.length)  # of what a pass wrote that was interrupted
+            elif self.pool.recent:
+                self.pool.admit(self.pool.window_bytes)
+                sequence.window = Window(len(self.pool.layers), self.pool.recent, self.pool.row.width, self.pool.device)
 
     def append(self, layer: int, rows: torch.Tensor) -> None:
         """Writes rows [B, T, W] of one layer after the last token. Lengths move once per pass, in advance()."""

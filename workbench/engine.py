@@ -12,7 +12,7 @@ from workbench.cache import BLOCK, LatentCache, Pool
 from workbench.chat import Prompt, Span, detect, render
 from workbench.edits import Edit
 from workbench.errors import BudgetError, RequestError
-from workbench.formats import Row, cache_format
+from workbench.formats import cache_format
 from workbench.model import Model
 from workbench.probe import Probe
 from workbench.reply import Reply, Step
@@ -77,7 +77,7 @@ class Engine:
             if held is not None and name != held.cache.format:
                 if held.cache.pool.format.recent or cache_format(format).recent:
                     self._held = None  # windows belong to their sequence: the next stream reads its prompt anew
-                elif self._has_room(held.cache.pool.blocks * held.cache.pool.block_bytes):  # beside the old rows
+                elif self._has_room(held.cache.pool.blocks * held.cache.pool.block_bytes(cache_format(name))):
                     errors = held.cache.convert(name)
                 else:
                     self._held = None
@@ -248,7 +248,8 @@ class Engine:
         while waiting or running:
             for slot in range(cache.batch):
                 while slot not in running and waiting:
-                    if running and not self._fits([each.reply for _, each, _ in running.values()], waiting[-1][1]):
+                    replies = [waiting[-1][1], *(each.reply for _, each, _ in running.values())]
+                    if running and not self._fits(replies, cache.pool):
                         break  # until one of those that run has ended
                     number, reply = waiting.pop()
                     watched = self._watched(watching, reply)
@@ -271,13 +272,10 @@ class Engine:
                     yield number, completion(steps, watched)
         watching.check()
 
-    def _fits(self, running: list[Reply], more: Reply) -> bool:
+    def _fits(self, replies: list[Reply], pool: Pool) -> bool:
         """Whether all of them can become as long as they may."""
-        if self.cache_bytes is None:
-            return True
-        config, row = self.model.config, cache_format(self.cache_format)
-        block = BLOCK * config.num_hidden_layers * row.nbytes(Row(config.kv_lora_rank, config.qk_rope_head_dim))
-        return sum(-(-reply.longest // BLOCK) * block for reply in (*running, more)) <= self.cache_bytes
+        most = [-(-reply.longest // BLOCK) * pool.block_bytes() + pool.window_bytes for reply in replies]
+        return self.cache_bytes is None or sum(most) <= self.cache_bytes
 
     def _begin(self, watched: Watched, cache: LatentCache) -> Step:
         """Reads one prompt into a slot and takes its first token; the slot is empty again if that was also its last."""

@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from workbench.errors import CheckpointError
 from workbench.link import Link
 from workbench.slots import Slots, Worth
 from workbench.transfers import Visit
@@ -30,7 +29,7 @@ class Tiers(Protocol):
 
     def fetch(self, key: int) -> Future: ...
 
-    def landed(self, key: int, reading: Future) -> None: ...
+    def landed(self, key: int, reading: Future) -> BaseException | None: ...
 
 
 class Fetching:
@@ -98,7 +97,7 @@ class Fetching:
             guard.close()
         wait(self.reading)
         for future, key in self.reading.items():
-            self._landed(key, future)
+            self.store.landed(key, future)
 
     def seen(self, read: int) -> Visit:
         """`read`: blocks that were read since the visit before."""
@@ -120,19 +119,11 @@ class Fetching:
             del self.store.early[key]
             if not future.done():
                 self.reading[future] = key
-            elif not self._landed(key, future):
-                continue
+            elif self.store.landed(key, future):
+                continue  # it failed: it is read again when it is asked for, and fails then
             if key in mine:
                 found.append(key)
         return found
-
-    def _landed(self, key: int, future: Future) -> bool:
-        """Takes in what nobody computes now. One that failed is read again when it is asked for, and fails then."""
-        try:
-            self.store.landed(key, future)
-        except CheckpointError:
-            return False
-        return True
 
     def _read(self) -> None:
         while self.unread and self.store.landing.spare:
@@ -140,7 +131,7 @@ class Fetching:
             self.reading[self.store.fetch(key)] = key
 
     def _await(self) -> None:
-        """Waits for at least one read. CheckpointError where it failed."""
+        """Waits for at least one read. Where it failed, its error: CheckpointError from a shelf."""
         if not self.reading:
             return
         started = perf_counter()
@@ -148,8 +139,11 @@ class Fetching:
         self.waited += perf_counter() - started
         keys = []
         for future in done:
-            key = self.reading.pop(future)
-            self.store.landed(key, future)
+            key = self.reading[future]
+            error = self.store.landed(key, future)
+            del self.reading[future]
+            if error:
+                raise error
             keys.append(key)
         if self.store.far is None:
             self._make_ready(self.store.near, np.array(keys))
@@ -165,7 +159,12 @@ class Fetching:
         if go:
             slots = [store.near.claim(key) for key in go]  # loading: none of them is given away for the next
             pairs = [(store.far.slab[store.far.slot_of[key]], store.near.slab[slot]) for key, slot in zip(go, slots)]
-            copied = store.link.copy(pairs)
+            try:
+                copied = store.link.copy(pairs)
+            except BaseException:
+                for key in go:
+                    store.near.dropped(key)
+                raise
             for key in go:
                 store.near.loaded(key)
         if stay:

@@ -5,6 +5,7 @@ head, R rotary width, V value width, W = C + R the cached row, E experts, K chos
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from itertools import chain
 
 import torch
@@ -179,13 +180,14 @@ class Mixture(nn.Module):
         see = probe.see
         ids, gates = self.choose(x, probe)
         flat, ids, gates = x.flatten(0, -2), ids.flatten(0, -2), gates.flatten(0, -2)
-        waves = self.store.waves(self.layer, ids, flat)
-        if probe.opens("experts"):
-            outputs = ops.expert_outputs(flat, waves)
-            outputs = see("moe.expert_out", outputs.view(*shape, *outputs.shape[1:]))
-            routed = ops.weigh_outputs(outputs.flatten(0, -3), gates)
-        else:
-            routed = ops.experts(flat, gates, waves)
+        # closed however it ends: an error that somebody keeps would keep the store's lock with its frames
+        with closing(self.store.waves(self.layer, ids, flat)) as waves:
+            if probe.opens("experts"):
+                outputs = ops.expert_outputs(flat, waves)
+                outputs = see("moe.expert_out", outputs.view(*shape, *outputs.shape[1:]))
+                routed = ops.weigh_outputs(outputs.flatten(0, -3), gates)
+            else:
+                routed = ops.experts(flat, gates, waves)
         routed = see("moe.routed_out", routed.view(*shape, -1))
         return routed if self.shared is None else routed + see("moe.shared_out", self.shared(x))
 

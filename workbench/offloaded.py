@@ -61,10 +61,13 @@ class Offloaded:
         computed: bool | str = "auto",
         readers: int = READERS,
     ):
-        if isinstance(policy, str) and policy not in POLICIES:
+        half_life = POLICIES.get(policy) if isinstance(policy, str) else policy
+        if not isinstance(half_life, (int, float)) or not half_life >= 0:
             raise RequestError(f"no policy called {policy!r}; there are {', '.join(POLICIES)}, or a number of passes.")
         self.config, self.shelf, self.layout = config, shelf, shelf.layout
         self.ahead = AHEAD if ahead is None else ahead
+        if self.ahead < 0:
+            raise RequestError(f"ahead is how many experts are fetched early, 0 for none; got {ahead}.")
         self.device, self.experts = torch.device(device), config.n_routed_experts
         self.layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe(layer)]
         self.place = {layer: number for number, layer in enumerate(self.layers)}
@@ -77,16 +80,16 @@ class Offloaded:
                 )
         if self.device.type == "cuda" and not far:
             raise BudgetError("a GPU needs room for experts in main memory: they come to it from there.")
-        self.worth = Worth(keys, POLICIES[policy] if isinstance(policy, str) else float(policy))
+        self.worth = Worth(keys, float(half_life))
         self.near = Slots(self.layout, min(slots, keys), self.worth, device)
         pinned = self.device.type == "cuda"
         self.far = Slots(self.layout, min(far, keys), self.worth, "cpu", pinned) if far else None
         self.link = Link(self.device, computed)
-        self.transfers, self.passes, self.reads = Transfers(), 0, 0
+        self.transfers, self.passes, self.reads = Transfers(), -1, 0  # passes: the number of the last, from 0
         self.readers = ThreadPoolExecutor(readers, thread_name_prefix="expert-reader")
         self.early: dict[int, Future] = {}  # experts that are or were read ahead, and that nobody asked for yet
         self._foretell: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
-        self._last, self._one = -1, threading.Lock()
+        self._one, self._turn = threading.Lock(), threading.local()
 
     def take(self, config: Config, layer: int, weights: Inventory) -> None:
         if weights.layout(config, layer) != self.layout:
@@ -100,7 +103,16 @@ class Offloaded:
             self._foretell[one] = following, ratio.nan_to_num(0.0, 0.0, 0.0), blocks[following].mlp.router
 
     def pin(self, experts: Sequence[tuple[int, int]]) -> None:
-        """(layer, expert) pairs that go only when nothing else can: the most used ones of a trace, say."""
+        """(layer, expert) pairs that go only when nothing else can: the most used ones of a trace, say.
+
+        RequestError for one that is nowhere.
+        """
+        for layer, expert in experts:
+            if layer not in self.place or not 0 <= expert < self.experts:
+                raise RequestError(
+                    f"no expert ({layer}, {expert}): layers {self.layers[0]} to {self.layers[-1]} have experts "
+                    f"0 to {self.experts - 1}."
+                )
         self.worth.pin([self.place[layer] * self.experts + expert for layer, expert in experts])
 
     @property
@@ -123,15 +135,13 @@ class Offloaded:
                 there = of >= 0
                 held = slots.find(np.arange(len(of)))
                 found[there & (held >= 0)] = code
-                found[there & (held < 0)] = np.minimum(found[there & (held < 0)], MOVING)
+                found[there & (held < 0) & (found == DISK)] = MOVING
         return found.reshape(len(self.layers), self.experts)
 
     def waves(self, layer: int, ids: torch.Tensor, x: torch.Tensor) -> Iterator[tuple[Bank, torch.Tensor]]:
         """What is near comes first, while the rest is fetched; see Store."""
         with self._one:
-            place = self.place[layer]
-            self.passes += place <= self._last
-            self._last = place
+            self._count(self.place[layer])
             visit = Fetching(self, layer, ids)
             try:
                 visit.begin()
@@ -146,20 +156,31 @@ class Offloaded:
             self.transfers.add(visit.seen(self.reads), visit.keys, visit.hits)
             self.reads = 0
 
+    def _count(self, place: int) -> None:
+        """A pass begins where its thread does not go on to a later layer: threads take turns layer by layer."""
+        self.passes += place <= getattr(self._turn, "place", place)
+        self._turn.place = place
+
     def fetch(self, key: int) -> Future:
         """Starts to read an expert from the shelf into a slot that is claimed for it."""
         slot = self.landing.claim(key)
-        self.reads += 1
         layer, expert = self.layers[key // self.experts], int(key % self.experts)
-        return self.readers.submit(self.shelf.read, layer, expert, self.landing.slab[slot])
+        try:
+            reading = self.readers.submit(self.shelf.read, layer, expert, self.landing.slab[slot])
+        except BaseException:
+            self.landing.dropped(key)
+            raise
+        self.reads += 1
+        return reading
 
-    def landed(self, key: int, reading: Future) -> None:
-        """The end of `fetch`: the expert is held, or the error is raised and its slot is free."""
-        if reading.exception() is None:
+    def landed(self, key: int, reading: Future) -> BaseException | None:
+        """The end of `fetch`: the expert is held; or its slot is free, and this is why."""
+        error = reading.exception()
+        if error is None:
             self.landing.loaded(key)
         else:
             self.landing.dropped(key)
-            raise reading.exception()
+        return error
 
     @torch.no_grad()
     def _look_ahead(self, layer: int, x: torch.Tensor) -> None:

@@ -80,7 +80,8 @@ class Slots:
     def dropped(self, key: int) -> None:
         """It could not be loaded: its slot is free again."""
         slot = self.slot_of[key]
-        self.slot_of[key], self.key_of[slot], self.state[slot] = -1, -1, FREE
+        if slot >= 0:
+            self.slot_of[key], self.key_of[slot], self.state[slot] = -1, -1, FREE
 
     @contextmanager
     def using(self, slots: np.ndarray) -> Iterator[None]:

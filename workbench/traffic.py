@@ -44,7 +44,8 @@ class Traffic:
         if rows.empty:
             raise RequestError("nothing was generated since then: there is nothing to report.")
         visit, key = store.transfers.accesses
-        chosen = visit >= since
+        hits = store.transfers.hits[: len(visit)]
+        chosen = (visit >= since) & (visit < since + len(rows))  # it may go on meanwhile
         visit, key = visit[chosen] - since, key[chosen]
         layer, moving = (rows[name].to_numpy().astype(int) for name in ("layer", "moving"))
         blocks = store.experts * len(store.layers)
@@ -54,7 +55,7 @@ class Traffic:
             _summed(rows, answer, store),
             accesses,
             answer[visit],
-            store.transfers.hits[chosen],
+            hits[chosen],
             store.near.count,
             store.layout.nbytes,
         )

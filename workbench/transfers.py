@@ -8,9 +8,10 @@ NEAR, FAR, DISK, MOVING = 0, 1, 2, 3  # where an expert is
 
 
 class Visit(NamedTuple):
-    """needed = near + far + early + disk: experts that were in the slots that compute; in host memory behind them; read
-    ahead, or being read; on disk alone. read: blocks that were read from disk since the visit before, foretold in vain
-    or not. computed_far: experts multiplied in host memory. waited: seconds. at: its end, in perf_counter's seconds.
+    """moving: the number of the pass begun last. needed = near + far + early + disk: experts that were in the slots
+    that compute; in host memory behind them; read ahead, or being read; on disk alone. read: blocks that were read from
+    disk since the visit before, foretold in vain or not. computed_far: experts multiplied in host memory. waited:
+    seconds. at: its end, in perf_counter's seconds.
     """
 
     moving: int
@@ -53,8 +54,8 @@ class Transfers:
         self._keys[self.asked : self.asked + len(keys)] = keys
         self._of[self.asked : self.asked + len(keys)] = self.visits
         self._hits[self.asked : self.asked + len(keys)] = hits
-        self.visits += 1
         self.asked += len(keys)
+        self.visits += 1  # last: what a thread sees of a visit that is counted is whole
 
     @property
     def rows(self) -> np.ndarray:
@@ -64,7 +65,8 @@ class Transfers:
     @property
     def accesses(self) -> tuple[np.ndarray, np.ndarray]:
         """For every expert asked for: the number of the visit, and its key, MoE layer number x experts + expert."""
-        return self._of[: self.asked], self._keys[: self.asked]
+        asked = self.asked
+        return self._of[:asked], self._keys[:asked]
 
     @property
     def hits(self) -> np.ndarray:

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from workbench import ops
-from workbench.experts import Bank
+from workbench.blocks import Bank
 
 
 @torch.inference_mode()
@@ -32,6 +32,6 @@ def _pass(x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, bank: Bank) -
     """Milliseconds per token."""
     started = perf_counter()
     for n in range(len(x)):
-        out = ops.experts(x[n : n + 1], ids[n : n + 1], gates[n : n + 1], *bank)
+        out = ops.experts(x[n : n + 1], gates[n : n + 1], [(bank, ids[n : n + 1])])
     out.cpu()  # a GPU may still be at work
     return 1e3 * (perf_counter() - started) / len(x)

@@ -78,7 +78,8 @@ class Result:
             f"{about['cpu']}; torch {about['torch']}",
             scatter(about["load"]).rstrip(),
             f"tokens/s            {median:8.2f}   rounds {min(self.speeds):.2f} to {max(self.speeds):.2f}",
-            f"without drawing     {statistics.median(self.bare):8.2f}   rounds {min(self.bare):.2f} to {max(self.bare):.2f}",
+            f"without drawing     {statistics.median(self.bare):8.2f}   "
+            f"rounds {min(self.bare):.2f} to {max(self.bare):.2f}",
             f"peak RSS            {peak / 1e9:8.2f} GB",
             f"bound               {1e3 / bound['ms']:8.2f} tokens/s: disk {bound['disk_bytes'] / 1e6:,.0f} MB a token "
             f"at {self.rates['disk'] / 1e9:.2f} GB/s, memory {bound['memory_bytes'] / 1e6:,.0f} MB at "

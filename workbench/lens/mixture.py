@@ -7,10 +7,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from workbench.blocks import Bank
 from workbench.errors import RequestError
 
 
-def sliced(gate_up: Tensor, down: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+def sliced(gate_up: Tensor, down: Tensor, parts: int) -> Bank:
     """A SwiGLU block, gate_up [2 I, D] and down [D, I], as P experts of width I / P, whose sum it is.
 
     gate_up [P, 2 I / P, D] and down [P, D, I / P], as ops.experts takes them. RequestError unless I can be divided.
@@ -20,7 +21,7 @@ def sliced(gate_up: Tensor, down: Tensor, parts: int) -> tuple[Tensor, Tensor]:
         raise RequestError(f"a block of width {width} cannot be cut into {parts} equal parts.")
     gate, up = gate_up.chunk(2)
     both = [torch.cat(pair) for pair in zip(gate.chunk(parts), up.chunk(parts), strict=True)]
-    return torch.stack(both), torch.stack(down.chunk(parts, 1))
+    return Bank(torch.stack(both), torch.stack(down.chunk(parts, 1)))
 
 
 def left_out(outputs: Tensor, seed: int = 0) -> pd.DataFrame:

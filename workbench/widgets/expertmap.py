@@ -34,12 +34,15 @@ class ExpertMap(View):
     _css = script("view.css", "routing.css", "expertmap.css")
 
     def __init__(self, store: Store) -> None:
+        # first: what is refused is closed all the same
+        self._lock, self.store = threading.RLock(), None
+        self._end: weakref.finalize | None = None  # ends the thread; also runs at exit
         if not isinstance(store, Offloaded):
             raise RequestError(
                 "all experts of this model are in memory, so none ever moves. Open a packed model with a budget that "
                 'they do not fit into, such as load(path, ram="8GiB").'
             )
-        self.store: Offloaded | None = store
+        self.store = store
         self.layers, self.experts, self.slots = store.layers, store.experts, store.near.count
         self._facts = _facts(store)
         self._tally, self._where = Tally(store), store.where()
@@ -47,8 +50,6 @@ class ExpertMap(View):
         self._due = 0.0  # when the perfect cache may be worked out again
         self._worked = 0  # for how many passes it was
         self._told, self._said = 0, None  # what the pages know: how many passes, and which perfect cache
-        self._lock = threading.RLock()
-        self._end: weakref.finalize | None = None  # ends the thread; also runs at exit
         super().__init__()
 
     def where(self) -> pd.DataFrame:

@@ -116,11 +116,13 @@ class Tally:
         self.passes.append(one)
 
     def _log(self, start: int, stop: int | None = None) -> Log:
-        """From visit `start` on. The accesses of a visit are counted after it: one whose are missing is left out."""
+        """From visit `start` on. Those of a visit are there before it is counted."""
         stop = self.transfers.visits if stop is None else stop
         (visit, key), hit = self.transfers.accesses, self.transfers.hits
-        rows, visit = self.transfers.rows[start:stop], visit[: min(len(key), len(hit))]
-        begin, end = np.searchsorted(visit, (start, stop)) if len(rows) else (0, 0)
-        if end - begin < rows[:, NEEDED].sum():
-            return self._log(start, stop - 1)
-        return Log(rows, visit[begin:end].astype(np.int64) - start, key[begin:end].astype(np.int64), hit[begin:end])
+        begin, end = np.searchsorted(visit, (start, stop))
+        return Log(
+            self.transfers.rows[start:stop],
+            visit[begin:end].astype(np.int64) - start,
+            key[begin:end].astype(np.int64),
+            hit[begin:end],
+        )
