@@ -1,7 +1,9 @@
 # make lab    set up, then open JupyterLab on the first notebook
 # make test   set up, then run the tests and the notebooks
 # make bench  set up, then measure this machine against transformers
-# make bench-offload-gpu  the 236B shape in 16 GiB and V2-Lite's in 4 GiB of GPU memory, random weights; takes 20 GB of disk
+# make bench-offload      packed models inside hard limits, random weights in the shapes of V2-Lite and V2: 4 GB, 12 GB, and
+#                         16 GiB in place of a card; takes 20 GB of disk. LLAMA=PYTHON GGUF=FILE add llama.cpp
+# make bench-offload-gpu  the 236B shape in 16 GiB and V2-Lite's in 4 GiB of GPU memory
 # make lint   ruff over everything
 # Variables: PYTHON=python3.12 (3.11 to 3.13), VENV=.venv, ARGS="further arguments"
 
@@ -12,7 +14,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup lab test bench bench-offload-gpu lint
+.PHONY: setup lab test bench shapes bench-offload bench-offload-gpu lint
 
 setup: $(STAMP)
 
@@ -36,12 +38,22 @@ test: setup
 bench: setup
 	$(BIN)/workbench bench cpu $(ARGS)
 
-bench-offload-gpu: SHAPES ?= runs/shapes
-bench-offload-gpu: setup
+SHAPES ?= runs/shapes
+OFFLOAD := $(BIN)/workbench bench offload --save --checkpoint $(SHAPES)
+LIKEWISE := $(if $(LLAMA),--llama $(LLAMA) --gguf $(GGUF))
+
+shapes: setup
 	$(BIN)/workbench synth v2 $(SHAPES)/v2 --shared
 	$(BIN)/workbench synth v2-lite $(SHAPES)/v2-lite
-	$(BIN)/workbench bench offload --checkpoint $(SHAPES)/v2 --dtype bfloat16 --device cuda --vram 16GiB --ram 100GiB --save
-	$(BIN)/workbench bench offload --checkpoint $(SHAPES)/v2-lite --dtype bfloat16 --device cuda --vram 4GiB --ram 16GiB --save
+
+bench-offload: shapes
+	$(OFFLOAD)/v2-lite --ram 4GB
+	$(OFFLOAD)/v2-lite --ram 12GB $(LIKEWISE)
+	$(OFFLOAD)/v2 --vram 16GiB --ram 1500MB --context 8192 --cache q6 --prompt 8 --tokens 4
+
+bench-offload-gpu: shapes
+	$(OFFLOAD)/v2 --dtype bfloat16 --device cuda --vram 16GiB --ram 100GiB --context 8192 --cache q6
+	$(OFFLOAD)/v2-lite --dtype bfloat16 --device cuda --vram 4GiB --ram 16GiB
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,7 +26,8 @@ from workbench.matrix import Matrix, dense
 from workbench.model import Model
 from workbench.pack import Pack, PackedSource
 from workbench.packfile import PackFile, PackWriter
-from workbench.packing import JOURNAL, pack, verify
+from workbench.pack import UNFINISHED
+from workbench.packing import pack, verify
 from workbench.progress import Bar, Progress
 from workbench.quantising import Quantising, nearest
 from workbench.recipe import Recipe
@@ -112,7 +113,7 @@ def test_what_goes_along(source, tmp_path):
     for name in ("tokenizer.json", "chat_template.jinja", "README.md"):
         assert (made.path / name).read_bytes() == (source / name).read_bytes()
     assert made.notes["source"] == "source" and made.notes["rounding"] == "nearest"
-    assert not (made.path / JOURNAL).exists() and not list(made.path.glob("*.part"))
+    assert not (made.path / UNFINISHED).exists() and not list(made.path.glob("*.part"))
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "extra"])
@@ -179,7 +180,7 @@ def test_killed_at_any_moment_it_goes_on_and_the_result_is_the_same(tmp_path):
 
 def test_a_run_that_was_killed_in_its_first_moment(source, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / f"{JOURNAL}.part").write_text("{")
+    (tmp_path / "out" / f"{UNFINISHED}.part").write_text("{")
     verify(pack(source, tmp_path / "out").path)
     assert not list((tmp_path / "out").glob("*.part"))
 

@@ -17,7 +17,7 @@ from workbench.errors import BudgetError, CheckpointError, RequestError
 from workbench.matrix import Matrix
 from workbench.model import Model
 from workbench.noise import Noise, fill
-from workbench.pack import Pack, PackedSource, Shelf, experts_file
+from workbench.pack import UNFINISHED, Pack, PackedSource, Shelf, experts_file
 from workbench.packfile import PackFile, PackWriter
 from workbench.probe import Probe
 from workbench.recipe import Recipe
@@ -253,7 +253,7 @@ def test_what_is_there_already_is_kept(tmp_path):
         synth().write(begun, stopped(-1))
     with pytest.raises(CheckpointError, match="another unfinished"):
         synth(seed=1).write(begun)
-    for name in ("notes", "config.json", "synth.json"):
+    for name in ("notes", "config.json", UNFINISHED):
         own = tmp_path / f"own {name}"
         own.mkdir()
         (own / name).write_text("mine", encoding="utf-8")

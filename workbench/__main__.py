@@ -210,7 +210,7 @@ BENCHES = {
     "cache": ("rounds", "formats", "quick"),
     "schemes": ("quick",),
     "weights": ("quick", "recipes"),
-    "offload": ("rounds", "context", "ram", "vram", "device", "tokens", "llama", "gguf"),
+    "offload": ("rounds", "context", "ram", "vram", "device", "cache", "prompt", "tokens", "llama", "gguf"),
 }
 
 

@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     bench.add_argument("--threads", type=int, help="all cores if not given")
     bench.add_argument("--rounds", type=int, default=argparse.SUPPRESS, help="more settle what noise leaves open")
-    bench.add_argument("--context", type=int, default=argparse.SUPPRESS, help="of probes: tokens in the cache")
+    bench.add_argument("--context", type=int, default=argparse.SUPPRESS, help="of probes and offload: tokens in the cache")
     bench.add_argument("--formats", nargs="+", default=argparse.SUPPRESS, help='of cache: such as bf16 q6 "q6+128"')
     bench.add_argument(
         "--quick",
@@ -123,6 +123,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--ram", default=argparse.SUPPRESS, help="of offload: the hard limit, 4GB if not given")
     bench.add_argument("--vram", default=argparse.SUPPRESS, help="of offload: a limit of GPU memory beside it")
     bench.add_argument("--device", default=argparse.SUPPRESS, help="of offload: cpu or cuda")
+    bench.add_argument("--cache", default=argparse.SUPPRESS, help="of offload: how the cache is stored, such as q6")
+    bench.add_argument("--prompt", type=int, default=argparse.SUPPRESS, help="of offload: tokens of each prompt")
     bench.add_argument("--tokens", type=int, default=argparse.SUPPRESS, help="of offload: of each answer")
     bench.add_argument(
         "--llama", type=Path, default=argparse.SUPPRESS, help="of offload: a Python with llama-cpp-python"

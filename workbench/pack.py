@@ -28,6 +28,7 @@ from workbench.recipe import Recipe
 from workbench.weights import expert_layout
 
 DESCRIPTION = "packed.json"
+UNFINISHED = "unfinished.json"  # in the directory until it is complete: what is being written
 KIND, VERSION = "deepseek-workbench packed checkpoint", 1
 # A damaged one would change tokens and nobody would notice. The other files beside the weights are settings to edit.
 SEALED = ("config.json", "tokenizer.json")
@@ -77,6 +78,12 @@ class Pack:
 
     @classmethod
     def is_one(cls, path: Path) -> bool:
+        """CheckpointError for one that is still being written, or was stopped before its end."""
+        if (path / UNFINISHED).is_file() and not (path / DESCRIPTION).is_file():
+            raise CheckpointError(
+                f"{path} is not finished. Run the `workbench pack` or `workbench synth` that was writing it again: it "
+                "goes on where it stopped."
+            )
         return (path / DESCRIPTION).is_file()
 
     @classmethod

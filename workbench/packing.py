@@ -27,7 +27,7 @@ from workbench.config import Config
 from workbench.errors import BudgetError, CheckpointError, RequestError
 from workbench.matrix import Matrix
 from workbench.model import Model
-from workbench.pack import DESCRIPTION, Pack, block_entries, described, experts_file, part_entries, weights_file
+from workbench.pack import DESCRIPTION, UNFINISHED, Pack, block_entries, described, experts_file, part_entries, weights_file
 from workbench.packfile import NAMES, Entry, PackFile, PackWriter, write_json
 from workbench.progress import Clock, Tell
 from workbench.quantising import Quantising, Round, nearest
@@ -35,7 +35,6 @@ from workbench.recipe import Recipe
 from workbench.shards import some
 from workbench.weights import expert_names
 
-JOURNAL = "packing.json"
 OURS = ("weights-*.safetensors", "experts-*.safetensors", "*.part")
 ALONG = (*COPIED, "README.md")
 SAMPLE = 64  # bytes from the middle of each tensor: a base model and its chat model have the same names and shapes
@@ -179,10 +178,10 @@ class _Job:
 
     def claim(self, force: bool) -> None:
         """RequestError where the directory is not one that this job may write in."""
-        left = {f"{JOURNAL}.part"}  # all there is of a run that was killed in its first moment
+        left = {f"{UNFINISHED}.part"}  # all there is of a run that was killed in its first moment
         if not self.out.exists() or self.out.is_dir() and {file.name for file in self.out.iterdir()} <= left:
             return
-        if not (Pack.is_one(self.out) or (self.out / JOURNAL).is_file()):
+        if not (Pack.is_one(self.out) or (self.out / UNFINISHED).is_file()):
             raise RequestError(f"{self.out} is there and is nothing packed. Choose another place, or an empty one.")
         made_from, was = _said(self.out)
         if made_from != self.made_from and not force:
@@ -216,13 +215,13 @@ class _Job:
         finished = _finished(self.out, self.made_from) if len(kept) == len(self.files) else None
         if finished is None:
             about = {"made_from": self.made_from, "recipe": self.recipe.name, "source": self.pack.notes["source"]}
-            write_json(self.out / JOURNAL, about)
+            write_json(self.out / UNFINISHED, about)
             (self.out / DESCRIPTION).unlink(missing_ok=True)
             for file in self._stale(kept):
                 file.unlink()
             self._write(kept, tell)
             finished = self.pack
-        (self.out / JOURNAL).unlink(missing_ok=True)
+        (self.out / UNFINISHED).unlink(missing_ok=True)
         return finished
 
     def _write(self, kept: list[str], tell: Tell) -> None:
@@ -296,8 +295,8 @@ def _finished(out: Path, made_from: str) -> Pack | None:
 def _said(out: Path) -> tuple[str | None, str]:
     """What the directory is being made from, or was, and that in words."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        if (out / JOURNAL).is_file():
-            said = json.loads((out / JOURNAL).read_text(encoding="utf-8"))
+        if (out / UNFINISHED).is_file():
+            said = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
             return said["made_from"], f"by {said['recipe']} from {said['source']}"
         said = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
         notes = said["notes"]

@@ -1,7 +1,8 @@
 """Speed: how fast a token can come, from bytes and measured rates. A range that is derived, not guessed.
 
 high   everything overlaps, at the best rate that was measured and the hit rate of the most skewed model published
-low    nothing overlaps, at the worst rate, with experts drawn at random, and every layer's fixed cost on top
+low    nothing overlaps, at the worst rate, with experts drawn at random, by kernels that read more slowly than memory
+       can be read, and every layer's fixed cost on top
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from workbench.bandwidth import Measured
 
 # hit rate by share of experts that are near, Qwen3-30B with LRU slots: the highest published curve known to us
 SHARES, HITS = (0.0, 0.0625, 0.19, 0.38, 0.63, 1.0), (0.0, 0.366, 0.741, 0.894, 0.962, 1.0)
+KERNEL = 0.7  # of what memory gives: the compiled kernel multiplies by packed experts at 33 GB/s of 46, see native.py
 LAYER = 0.5e-3  # seconds a layer takes for what is not bytes: eager PyTorch, pocket's 2.6 ms a token in 6 layers
 
 
@@ -66,7 +68,7 @@ class Bytes:
         and disk work at the same time and at their best; else one after the other, at their worst.
         """
         end = 1 if overlap else 0
-        seconds = {"memory": self.read / rates.near[end]}
+        seconds = {"memory": self.read / rates.near[end] / (1 if overlap else KERNEL)}
         missed = (1 - hit) * self.experts
         if rates.link:
             seconds["link"] = missed / rates.link[end]

@@ -23,12 +23,11 @@ from workbench.errors import BudgetError, CheckpointError, RequestError
 from workbench.matrix import Matrix
 from workbench.model import Model
 from workbench.noise import Noise
-from workbench.pack import Pack, block_entries, described, experts_file, part_entries, weights_file
+from workbench.pack import UNFINISHED, Pack, block_entries, described, experts_file, part_entries, weights_file
 from workbench.packfile import PackFile, PackWriter
 from workbench.recipe import Recipe
 
 POCKET = Path(__file__).parent / "pocket"  # whose tokenizer goes along
-UNFINISHED = "synth.json"  # in the directory until it is complete: what is being made
 WRITERS = 2  # files at the same time: one is drawn while another is written
 
 
