@@ -18,7 +18,7 @@ from workbench.plan import CACHE, CHUNKS, FAR, PROCESS, SLOTS, Plan
 from workbench.quantising import Quantising
 from workbench.recipe import Recipe
 from workbench.sizes import parse_bytes, show_bytes
-from workbench.speed import Bytes, Rates, Span, published
+from workbench.speed import KERNEL, Bytes, Rates, Span, published
 from workbench.storages import weigh
 
 POCKET = Config.preset("pocket")
@@ -145,8 +145,8 @@ def test_speed_by_hand():
     rates = Rates(near=Span(50, 100), disk=Span(9, 45))
     slow, fast = token.speed(rates, 0.5, overlap=False), token.speed(rates, 0.5)
     assert fast.seconds == {"memory": 1.0, "disk": 1.0} and fast.tokens_per_second == 1.0
-    assert slow.seconds == {"memory": 2.0, "disk": 5.0, "steps": pytest.approx(1e-3)} and slow.binds == "disk"
-    assert slow.tokens_per_second == pytest.approx(1 / 7.001)
+    assert slow.seconds == {"memory": 2.0 / KERNEL, "disk": 5.0, "steps": pytest.approx(1e-3)}
+    assert slow.binds == "disk" and slow.tokens_per_second == pytest.approx(1 / (2.0 / KERNEL + 5.001))
     assert token.speed(rates, 1.0).seconds == {"memory": 1.0}
     behind = token.speed(Rates(Span(50, 100), Span(9, 45), Span(30, 90)), 0.5, behind=1.0)
     assert behind.seconds == {"memory": 1.0, "link": 0.5}

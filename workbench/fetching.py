@@ -159,12 +159,11 @@ class Fetching:
         if go:
             slots = [store.near.claim(key) for key in go]  # loading: none of them is given away for the next
             pairs = [(store.far.slab[store.far.slot_of[key]], store.near.slab[slot]) for key, slot in zip(go, slots)]
-            try:
-                copied = store.link.copy(pairs)
-            except BaseException:
+            with ExitStack() as undo:
                 for key in go:
-                    store.near.dropped(key)
-                raise
+                    undo.callback(store.near.dropped, key)
+                copied = store.link.copy(pairs)
+                undo.pop_all()
             for key in go:
                 store.near.loaded(key)
         if stay:

@@ -10,6 +10,7 @@ Every expert of every layer may be in any slot: one pool for all, so that busy l
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Protocol
 
 import numpy as np
@@ -165,11 +166,10 @@ class Offloaded:
         """Starts to read an expert from the shelf into a slot that is claimed for it."""
         slot = self.landing.claim(key)
         layer, expert = self.layers[key // self.experts], int(key % self.experts)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.landing.dropped, key)
             reading = self.readers.submit(self.shelf.read, layer, expert, self.landing.slab[slot])
-        except BaseException:
-            self.landing.dropped(key)
-            raise
+            undo.pop_all()
         self.reads += 1
         return reading
 
