@@ -299,6 +299,34 @@ def in_waves(bank, ids):
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("hidden, width", [(72, 24), (72, 12), (72, 7), (60, 24), (37, 5)])
+def test_plain_experts_of_any_width(hidden, width, dtype):
+    """With and without gradients; the widths that torch's own grouped product refuses, too."""
+    experts, chosen, count = 5, 2, random.choice([2, 9])
+    gate_up = (torch.randn(experts, 2 * width, hidden) / 8).to(dtype).requires_grad_()
+    down = (torch.randn(experts, hidden, width) / 4).to(dtype).requires_grad_()
+    x = torch.randn(count, hidden).to(dtype).requires_grad_()
+    gates = torch.rand(count, chosen, requires_grad=True)
+    ids = torch.stack([torch.randperm(experts - 1)[:chosen] for _ in range(count)])  # nobody asks for the last one
+    inputs = (x, gates, gate_up, down)
+    exact = [one.detach().double().requires_grad_() for one in inputs]
+    made = [
+        torch.stack([exact[3][expert] @ ops.swiglu(exact[2][expert] @ token) for expert in own])
+        for token, own in zip(exact[0], ids.tolist())
+    ]
+    wanted = (torch.stack(made) * exact[1][..., None]).sum(1)
+    back = torch.randn(count, hidden).to(dtype)
+    gradients = torch.autograd.grad(wanted, exact, back.double())
+    got = ops.experts(x, gates, [(Bank(gate_up, down), ids)])
+    assert near(got, wanted, dtype)
+    assert near(ops.expert_outputs(x, [(Bank(gate_up, down), ids)]), torch.stack(made), dtype)
+    for mine, its, one in zip(torch.autograd.grad(got, inputs, back), gradients, inputs, strict=True):
+        assert mine.dtype == one.dtype and (mine.double() - its).norm() <= CLOSE[dtype] * its.norm()
+    with torch.inference_mode():
+        assert torch.equal(ops.experts(x, gates, [(Bank(gate_up, down), ids)]), got)
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
 @pytest.mark.parametrize("down", ["int4", "bf16", "int12"])
 @pytest.mark.parametrize("name", CODECS)
 def test_experts_in_waves(name, down, dtype, either):

@@ -12,7 +12,7 @@ from workbench.blocks import PAGE
 from workbench.config import Config
 from workbench.errors import CheckpointError
 from workbench.model import Model
-from workbench.pack import Pack, PackedSource
+from workbench.pack import Pack, PackedSource, Shelf
 from workbench.packing import pack, verify
 from workbench.recipe import Recipe
 
@@ -117,6 +117,31 @@ def test_a_missing_file(packed, name):
     (packed / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name}: missing"):
         Pack.open(packed)
+
+
+def test_a_missing_description(packed, tmp_path):
+    (packed / "packed.json").unlink()
+    for ask in (Pack.open, Pack.is_one, opened, verify, lambda path: pack(path, tmp_path / "more")):
+        with pytest.raises(CheckpointError, match="lost its packed.json.*same `workbench pack`"):
+            ask(packed)
+
+
+def test_what_is_damaged_says_how_to_make_it_anew_and_is_read_on(packed, made, tmp_path):
+    file = packed / KINDS[2]
+    flip(file, file.stat().st_size - 1)
+    shelf, into = Shelf(Pack.open(packed)), torch.empty(Pack.open(packed).layout.nbytes, dtype=torch.uint8)
+    other = pack(plain(tmp_path / "source", seed=1), tmp_path / "other").path
+    for repair in (lambda: None, file.unlink, lambda: shutil.copyfile(other / KINDS[2], file)):
+        repair()
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=f"{KINDS[2]}: 5 is damaged.* remove it and give the same `work"):
+                shelf.read(2, 5, into)
+    file.unlink()
+    pack(made.parent / "source", packed)
+    shelf.read(2, 5, into)  # the same, still open
+    wanted = torch.empty_like(into)
+    Shelf(Pack.open(made)).read(2, 5, wanted)
+    assert torch.equal(into, wanted)
 
 
 @pytest.mark.parametrize("kind", ["weights", "experts"])

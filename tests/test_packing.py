@@ -24,14 +24,14 @@ from workbench.codec import Groups
 from workbench.errors import BudgetError, CheckpointError, RequestError
 from workbench.matrix import Matrix, dense
 from workbench.model import Model
-from workbench.pack import Pack, PackedSource
+from workbench.pack import DESCRIPTION, UNFINISHED, Pack, PackedSource
 from workbench.packfile import PackFile, PackWriter
-from workbench.pack import UNFINISHED
 from workbench.packing import pack, verify
 from workbench.progress import Bar, Progress
 from workbench.quantising import Quantising, nearest
 from workbench.recipe import Recipe
 from workbench.shards import Stored
+from workbench.synth import Synth
 
 POCKET = Path(workbench.pocket.__path__[0])
 PRESETS = ("bf16", "fp8", "int8", "int6", "int4", "int3")
@@ -192,7 +192,9 @@ def test_what_is_packed_already_is_not_packed_again(source, tmp_path):
     assert not told and before == {file: file.stat().st_mtime_ns for file in first.path.iterdir()}
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "header", "swapped", "packed.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "short", "header", "swapped", "packed.json", "unreadable", "tokenizer.json"]
+)
 def test_what_is_damaged_is_made_again_and_nothing_else(source, tmp_path, damage):
     made = pack(source, tmp_path / "out")
     one, other = made.path / "experts-layer-001.safetensors", made.path / "experts-layer-002.safetensors"
@@ -207,12 +209,14 @@ def test_what_is_damaged_is_made_again_and_nothing_else(source, tmp_path, damage
         aside = one.rename(one.with_name("aside"))
         other.rename(one)
         aside.rename(other)
+    elif damage == "unreadable":
+        (made.path / DESCRIPTION).write_text("{")
     else:
         (made.path / damage).unlink()
-    if damage == "packed.json":  # then nothing says that it is ours
-        with pytest.raises(RequestError, match="nothing packed"):
-            pack(source, tmp_path / "out")
-        return
+    if damage == "packed.json":  # then only the files say what they are of
+        for path, recipe in ((source, "int3"), (plain(tmp_path / "more" / "source", seed=7), "int4")):
+            with pytest.raises(RequestError, match="nothing packed, or not by .* from source.*packed.json was lost"):
+                pack(path, tmp_path / "out", recipe, force=True)
     assert pack(source, tmp_path / "out").checksum == made.checksum
     verify(made.path)
     assert (made.path / "weights-base.safetensors").stat().st_mtime_ns == kept
@@ -247,7 +251,7 @@ def test_another_recipe_or_source_or_rounding_is_refused_unless_forced(source, t
         fail_at(patch, 50)
         with pytest.raises(CheckpointError):
             pack(path, out, kind, round=round, force=True)
-    assert not Pack.is_one(out)  # neither what it was nor what it will be
+    assert not (out / DESCRIPTION).exists()  # neither what it was nor what it will be
     forced = pack(path, out, kind, round=round, force=True)
     fresh = pack(path, tmp_path / "fresh", kind, round=round)
     assert forced.checksum == fresh.checksum == Pack.open(out).checksum
@@ -293,6 +297,48 @@ def test_two_do_not_write_in_one_directory(source, tmp_path):
     pack(source, tmp_path / "out")
 
 
+def test_what_another_has_packed_meanwhile_is_not_overwritten(source, tmp_path, monkeypatch):
+    """Between the first look at the directory and the lock on it."""
+    look, out = shutil.disk_usage, tmp_path / "out"
+
+    def slow(path: Path) -> Disk:
+        monkeypatch.setattr(shutil, "disk_usage", look)
+        pack(source, out, "int3")
+        return look(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", slow)
+    with pytest.raises(RequestError, match="holds what was packed by int3 from source"):
+        pack(source, out, "int4")
+    assert Pack.open(out).recipe.name == "int3"
+    verify(out)
+
+
+def test_a_directory_that_may_not_be_looked_into(source, tmp_path, monkeypatch):
+    """As root may look everywhere, the system's answer is given here."""
+    stat, out = os.stat, tmp_path / "shut"
+
+    def refused(path, *args, **options):
+        if str(path).startswith(str(out)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    for ask in (lambda: pack(source, out), lambda: Synth.named("pocket").write(out), lambda: Pack.is_one(out)):
+        with pytest.raises(CheckpointError, match="shut: .*Permission denied"):
+            ask()
+
+
+def test_what_is_not_finished_says_so(source, tmp_path, monkeypatch):
+    fail_at(monkeypatch, 40)
+    with pytest.raises(CheckpointError, match="No space left"):
+        pack(source, tmp_path / "out")
+    for ask in (verify, Pack.open, Pack.is_one, lambda out: pack(out, tmp_path / "more")):
+        with pytest.raises(CheckpointError, match="is not finished.*goes on where it stopped"):
+            ask(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no packed checkpoint: it has no packed.json"):
+        verify(source)
+
+
 def fail_at(patch: pytest.MonkeyPatch, number: int) -> None:
     """The disk is full when so many tensors have been written."""
     write, count = PackWriter.write, iter(range(number))
@@ -316,6 +362,7 @@ def test_a_disk_that_is_too_small_is_known_before(source, tmp_path, monkeypatch)
     free = needed
     pack(source, tmp_path / "out" / "deep")
     free = 0  # what is there already needs no room, and what has to go makes some
+    pack(source, tmp_path / "once")
     (tmp_path / "once" / "weights-layer-001.safetensors").rename(
         tmp_path / "once" / "weights-layer-001.safetensors.part"
     )
@@ -339,7 +386,7 @@ def test_a_disk_that_is_full_in_the_middle(source, tmp_path, monkeypatch, moment
             pack(source, out)
     finished = {file.name: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
     assert f"{len(finished)} of {len(whole.files)} files are whole" in str(error.value)
-    assert not list(out.glob("*.safetensors.part")) and not Pack.is_one(out)
+    assert not list(out.glob("*.safetensors.part")) and not (out / DESCRIPTION).exists()
     assert pack(source, out).checksum == whole.checksum
     assert finished.items() <= {file.name: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}.items()
     assert not list(out.glob("*.part"))

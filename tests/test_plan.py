@@ -14,12 +14,13 @@ from workbench.config import Config
 from workbench.errors import BudgetError, RequestError
 from workbench.experts import Resident
 from workbench.model import Model
-from workbench.plan import CACHE, CHUNKS, FAR, PROCESS, SLOTS, Plan
+from workbench.plan import CACHE, CHUNKS, FAR, PROCESS, SLOTS, WOBBLE, Plan
 from workbench.quantising import Quantising
 from workbench.recipe import Recipe
 from workbench.sizes import parse_bytes, show_bytes
 from workbench.speed import KERNEL, Bytes, Rates, Span, published
 from workbench.storages import weigh
+from workbench.synth import Synth
 
 POCKET = Config.preset("pocket")
 LITE = dataclasses.replace(POCKET, q_lora_rank=None, topk_method="greedy", tie_word_embeddings=True, n_shared_experts=1)
@@ -70,10 +71,22 @@ def test_the_least_that_is_named_works_and_a_byte_less_does_not(staged):
     with pytest.raises(BudgetError) as refused:
         limited(1 << 20)
     least = int(re.search(r"(?:vram|ram)=(\d+)", str(refused.value))[1])
-    plan = limited(least)
+    assert limited(least).slots >= POCKET.num_experts_per_tok
+    exact = least - (0 if staged else WOBBLE)
+    plan = limited(exact)
     assert plan.slots == POCKET.num_experts_per_tok and plan.chunk == min(CHUNKS)
     with pytest.raises(BudgetError, match=str(least)):
-        limited(least - 1)
+        limited(exact - 1)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_least_that_is_named_works_in_the_next_process_too(behind):
+    """Which may take a little more before it has opened anything."""
+    vram = sum(made(vram="1GiB", chunk=16).fixed.values()) + 20 * made().block if behind else None
+    with pytest.raises(BudgetError) as refused:
+        made(vram=vram, ram=310 << 20, chunk=16)
+    least = int(re.search(r"ram=(\d+)", str(refused.value))[1])
+    assert made(vram=vram, ram=least, chunk=16, process=(300 << 20) + 600_000).slots
 
 
 def test_too_little_main_memory_behind_a_device_is_refused_with_the_least():
@@ -81,9 +94,9 @@ def test_too_little_main_memory_behind_a_device_is_refused_with_the_least():
     with pytest.raises(BudgetError) as refused:
         made(vram=vram, ram=310 << 20, chunk=16)
     least = int(re.search(r"ram=(\d+)", str(refused.value))[1])
-    assert made(vram=vram, ram=least, chunk=16).far == POCKET.num_experts_per_tok
+    assert made(vram=vram, ram=least - WOBBLE, chunk=16).far == POCKET.num_experts_per_tok
     with pytest.raises(BudgetError):
-        made(vram=vram, ram=least - 1, chunk=16)
+        made(vram=vram, ram=least - WOBBLE - 1, chunk=16)
 
 
 def test_plain_experts_must_all_fit():
@@ -180,3 +193,19 @@ def test_of_reads_presets_directories_and_files(tmp_path, monkeypatch):
     for what in (tmp_path, tmp_path / "config.json"):
         assert Plan.of(what, "int8", **options).config == dataclasses.replace(POCKET)
     assert Plan.of("pocket", dtype="bf16", **options).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": "fp16"}, {"dtype": torch.float16}, {"context": 0}, {"context": -1}, {"batch": 0}], ids=str
+)
+def test_what_makes_no_sense_is_refused(wrong):
+    with pytest.raises(RequestError, match="no dtype called|at least 1 token"):
+        made(**wrong)
+
+
+def test_a_packed_one_has_its_own_recipe(tmp_path):
+    Synth.named("pocket", "int3").write(tmp_path / "out")
+    for said in (None, "int3"):
+        assert Plan.of(tmp_path / "out", said, ram="2GiB").recipe.name == "int3"
+    with pytest.raises(RequestError, match="packed already, by recipe int3"):
+        Plan.of(tmp_path / "out", "int8", ram="2GiB")

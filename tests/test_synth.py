@@ -17,10 +17,12 @@ from workbench.errors import BudgetError, CheckpointError, RequestError
 from workbench.matrix import Matrix
 from workbench.model import Model
 from workbench.noise import Noise, fill
-from workbench.pack import UNFINISHED, Pack, PackedSource, Shelf, experts_file
+from workbench.pack import DESCRIPTION, UNFINISHED, Pack, PackedSource, Shelf, experts_file
 from workbench.packfile import PackFile, PackWriter
+from workbench.packing import verify
 from workbench.probe import Probe
 from workbench.recipe import Recipe
+from workbench.sizes import show_bytes
 from workbench.synth import Synth, disk_bytes
 from workbench.tokenizer import Tokenizer
 
@@ -224,7 +226,7 @@ def test_an_interrupted_one_does_not_open_and_goes_on_where_it_was(tmp_path, sha
     one, out = synth(shared=shared), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         one.write(out, stopped(one.nbytes // 2))
-    assert not Pack.is_one(out)
+    assert not (out / DESCRIPTION).exists()
     with pytest.raises(CheckpointError):
         Pack.open(out)
     kept = {file.name: file.stat().st_mtime_ns for file in out.glob("*.safetensors")}
@@ -237,6 +239,46 @@ def test_an_interrupted_one_does_not_open_and_goes_on_where_it_was(tmp_path, sha
     assert all((out / name).stat().st_mtime_ns == when for name, when in kept.items())
     assert pack.checksum == synth(shared=shared).write(tmp_path / "at once").checksum
     assert {file.name for file in out.iterdir()} == {file.name for file in (tmp_path / "at once").iterdir()}
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "packed.json"])
+def test_what_is_damaged_is_made_again_and_nothing_else(tmp_path, damage):
+    made, out = synth().write(tmp_path / "out"), tmp_path / "out"
+    kept = (out / "weights-base.safetensors").stat().st_mtime_ns
+    if damage == "missing":
+        (out / experts_file(2)).unlink()
+    elif damage == "short":
+        os.truncate(out / experts_file(2), 5000)
+    else:
+        said = (out / DESCRIPTION).read_text(encoding="utf-8")
+        (out / DESCRIPTION).write_text(said.replace(made.checksum, "0" * 64), encoding="utf-8")
+    with pytest.raises(CheckpointError):
+        Pack.open(out)
+    with pytest.raises(CheckpointError, match="packed.json|experts-layer-002"):
+        synth(seed=1).write(out)
+    assert synth().write(out).checksum == made.checksum == Pack.open(out).checksum
+    verify(out)
+    assert (out / "weights-base.safetensors").stat().st_mtime_ns == kept and not (out / UNFINISHED).exists()
+
+
+def test_a_run_that_was_killed_in_its_first_moment(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{UNFINISHED}.part").write_text("{")
+    verify(synth().write(tmp_path / "out").path)
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_two_do_not_write_in_one_directory(tmp_path):
+    out, said = tmp_path / "out", []
+
+    def at_once(done, of):
+        with pytest.raises(RequestError, match="another `workbench pack` or `workbench synth` writes there"):
+            synth().write(out)
+        said.append(done)
+
+    synth().write(out, at_once)
+    assert said[-1] == synth().nbytes
+    verify(out)
 
 
 def test_what_is_there_already_is_kept(tmp_path):
@@ -268,7 +310,7 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatc
     Usage = namedtuple("Usage", "total used free")
     one, out = synth(), tmp_path / "new" / "out"
     monkeypatch.setattr(shutil, "disk_usage", lambda where: Usage(0, 0, one.nbytes - 1))
-    with pytest.raises(BudgetError, match=r"takes .* GB.*--shared takes less"):
+    with pytest.raises(BudgetError, match=rf"takes {show_bytes(one.nbytes)}, .*--shared takes less"):
         one.write(out)
     assert not out.parent.exists()
     with pytest.raises(KeyboardInterrupt):
@@ -294,7 +336,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_opens(tmp_path, monkeypatch
     monkeypatch.setattr(PackWriter, "write", full)
     with pytest.raises(BudgetError, match="disk is full"):
         synth().write(tmp_path / "out")
-    assert not Pack.is_one(tmp_path / "out")
+    assert not (tmp_path / "out" / DESCRIPTION).exists()
     monkeypatch.setattr(PackWriter, "write", write)
     assert Pack.open(synth().write(tmp_path / "out").path).synthetic
 

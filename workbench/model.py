@@ -16,6 +16,7 @@ from workbench.cache import LatentCache
 from workbench.config import Config
 from workbench.errors import CheckpointError, RequestError
 from workbench.experts import Resident, Store
+from workbench.fused import Fused, refusal, unfit
 from workbench.probe import OFF, Probe
 from workbench.rope import Rope, rotate, softmax_scale
 from workbench.weights import Inventory, Source
@@ -253,6 +254,7 @@ class Model(nn.Module):
         else:
             self.head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
         self.tensors, self.checksum, self.plan = weights.tensors, "", None  # the last two of a packed checkpoint
+        self.fuse, self._fused = True, None  # whether passes may be one call; what they need, or why none is
         self.store.opened(self.blocks)
 
     def forward(
@@ -273,16 +275,31 @@ class Model(nn.Module):
             cache.reserve(new)
         rotations = self.rope.at(positions.to(self.device))  # [B, T, R/2]
         x = probe("embed", ops.embed(tokens.to(self.device), self.embedding, self.dtype))
-        for block in self.blocks:
-            x = block(x, rotations, cache, probe)
-        if logits == "last":
-            x = x[:, -1:]
-        x = probe("final.norm", ops.rms_norm(x, self.norm, self.config.rms_norm_eps))
-        x = probe("logits", ops.linear(x, self.head).float())
+        if self.explain(cache, probe) is None:
+            x = self._fused.forward(x, rotations, cache, probe, logits == "all")
+        else:
+            for block in self.blocks:
+                x = block(x, rotations, cache, probe)
+            if logits == "last":
+                x = x[:, -1:]
+            x = probe("final.norm", ops.rms_norm(x, self.norm, self.config.rms_norm_eps))
+            x = probe("logits", ops.linear(x, self.head).float())
         probe.end()
         if cache is not None:
             cache.advance(new)
         return x
+
+    def explain(self, cache: LatentCache | None = None, probe: Probe = OFF) -> str | None:
+        """Why such a pass goes operation by operation; None where it is one call, see fused.py."""
+        if not self.fuse:
+            return "model.fuse is False"
+        if self._fused is None or isinstance(self._fused, Fused) and not self._fused.current:
+            self._fused = unfit(self) or Fused(self)
+        if isinstance(self._fused, str):
+            return self._fused
+        if self._fused.hooked:
+            return "a module has a forward hook"
+        return refusal(self, cache, probe)
 
     def unembed(self, x: torch.Tensor) -> torch.Tensor:
         """The last norm and the head: a residual stream [..., D] as fp32 logits [..., vocab], as a logit lens wants."""

@@ -4,28 +4,15 @@ Without a compiler, or where what it built does not load or does not count right
 """
 
 import ctypes
-import hashlib
-import os
-import re
-import shlex
-import shutil
-import subprocess
-import tempfile
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from workbench.codec import Codec, Codes, Groups, Parts
+from workbench.compiled import MissingError, library
 from workbench.errors import BudgetError, RequestError
-from workbench.machine import cpu_flags
 from workbench.matrix import Matrix
-
-FLAGS = ("-O3", "-march=native", "-fPIC", "-fno-math-errno")
-PATIENCE = 120  # seconds for the compiler
-DIGEST = 32  # bytes after the library: SHA-256 of what comes before
 
 _MATRIX = (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64)
 _NAMES = ("codes", "part", "whole", "count", "width", "bits", "group")
@@ -165,70 +152,15 @@ def missing() -> str | None:
 def _opened() -> tuple[Kernel | None, str | None]:
     try:
         return opened(), None
-    except (OSError, ValueError, subprocess.SubprocessError, _MissingError) as error:
-        return None, " ".join(str(error).split())
-
-
-class _MissingError(Exception):
-    """There is no kernel; the message says why."""
+    except MissingError as error:
+        return None, str(error)
 
 
 def opened(*flags: str) -> Kernel:
-    """A kernel compiled with these flags besides the usual ones, checked. OSError and others where it cannot be had."""
-    home = find_spec("workbench_kernels")
-    sources = [Path(folder) / "packed.c" for folder in (home.submodule_search_locations or [] if home else [])]
-    source = next((path for path in sources if path.is_file()), None)
-    if source is None:
-        raise _MissingError("packed.c of the kernels is not installed")
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    compiler = next((words for name in names if (words := shlex.split(name)) and shutil.which(words[0])), None)
-    if compiler is None:
-        raise _MissingError(f"no C compiler: looked for {', '.join(names)}; install gcc, or set CC")
-    built = _library(compiler, source, (*FLAGS, *flags))
-    _share_openmp()
-    kernel = Kernel(ctypes.CDLL(str(built)))
+    """A kernel compiled with these flags besides the usual ones, checked. MissingError where it cannot be had."""
+    kernel = Kernel(library("packed", *flags))
     _check_kernel(kernel)
     return kernel
-
-
-def _library(compiler: list[str], source: Path, flags: tuple[str, ...]) -> Path:
-    """Where the library is, compiled now if it was not before for this source, compiler, processor and flags."""
-    version = _run([*compiler, "--version"])
-    key = "\n".join([source.read_text(encoding="utf-8"), version, *flags, *sorted(cpu_flags())])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-workbench"
-    path = home / f"packed-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if path.is_file() and _is_whole(path.read_bytes()):
-        return path
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as folder:
-        code, built = Path(folder, "packed.o"), Path(folder, "packed.so")
-        _run([*compiler, *flags, "-fopenmp", "-c", str(source), "-o", str(code)])
-        # without -fopenmp: a second OpenMP library beside torch's would have threads of its own
-        _run([*compiler, "-shared", str(code), "-lm", "-o", str(built)])
-        content = built.read_bytes()
-        built.write_bytes(content + hashlib.sha256(content).digest())
-        built.replace(path)  # at once: another process finds all of it or nothing
-    return path
-
-
-def _is_whole(content: bytes) -> bool:
-    return hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=False)
-    if done.returncode:
-        said = done.stderr.strip() or f"exit status {done.returncode}"
-        raise _MissingError(f"{' '.join(command[:2])} ... failed: {said[:400]}")
-    return done.stdout
-
-
-def _share_openmp() -> None:
-    """Lets the library find the OpenMP runtime that torch has loaded, under whatever name its build gave it."""
-    maps = Path("/proc/self/maps")
-    text = maps.read_text(errors="replace") if maps.is_file() else ""
-    for path in sorted(set(re.findall(r"(/\S*/lib(?:gomp|iomp|omp)[^/\s]*)", text))):
-        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 
 def _check_kernel(kernel: Kernel) -> None:
@@ -238,9 +170,9 @@ def _check_kernel(kernel: Kernel) -> None:
         parts = codec.pack(torch.arange(5 * 130.0).remainder(11).sub(5).view(5, 130))
         weights = codec.unpack(parts, 130)
         if not torch.equal(kernel.unpack(codec, parts, 130, torch.float32), weights):
-            raise _MissingError(f"it was compiled, but does not unpack {codec} right")
+            raise MissingError(f"it was compiled, but does not unpack {codec} right")
         if not torch.allclose(kernel.matvec(x, codec, parts, 5), x @ weights.T, rtol=0, atol=0.05):
-            raise _MissingError(f"it was compiled, but does not multiply by {codec} right")
+            raise MissingError(f"it was compiled, but does not multiply by {codec} right")
 
 
 @cache

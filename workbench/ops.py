@@ -309,8 +309,16 @@ def _outputs_grouped(x, ids, gate_up, down):
     order = ids.flatten().argsort(stable=True)  # assignments sorted by expert: every expert sees one contiguous run
     ends = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
     token = order // ids.shape[1]
-    hidden = swiglu(F.grouped_mm(x.index_select(0, token), gate_up.mT, offs=ends))
-    return order, token, F.grouped_mm(hidden, down.mT, offs=ends)
+    hidden = swiglu(_grouped(x.index_select(0, token), gate_up, ends))
+    return order, token, _grouped(hidden, down, ends)
+
+
+def _grouped(x, weight, ends):
+    """Runs of rows of x [M, in], each up to its own end, by their weights [E, out, in]: [M, out]."""
+    if any(size * weight.itemsize % 16 for size in weight.shape[1:]):  # F.grouped_mm wants rows of whole 16 bytes
+        runs = x.tensor_split(ends[:-1].tolist())
+        return torch.cat([F.linear(run, own) for run, own in zip(runs, weight, strict=True)])
+    return F.grouped_mm(x, weight.mT, offs=ends)
 
 
 def _experts_grouped(x, ids, gates, gate_up, down):

@@ -78,18 +78,31 @@ class Pack:
 
     @classmethod
     def is_one(cls, path: Path) -> bool:
-        """CheckpointError for one that is still being written, or was stopped before its end."""
-        if (path / UNFINISHED).is_file() and not (path / DESCRIPTION).is_file():
+        """CheckpointError for one that is still being written, was stopped before its end, or lost its description."""
+        try:
+            there = [name for name in (DESCRIPTION, UNFINISHED, weights_file("")) if (path / name).is_file()]
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from None
+        if there and there[0] == UNFINISHED:
             raise CheckpointError(
                 f"{path} is not finished. Run the `workbench pack` or `workbench synth` that was writing it again: it "
                 "goes on where it stopped."
             )
-        return (path / DESCRIPTION).is_file()
+        if there and there[0] != DESCRIPTION:
+            raise CheckpointError(
+                f"{path} lost its {DESCRIPTION}. Copy it again, or give the same `workbench pack` again: it finds what "
+                "is whole."
+            )
+        return bool(there)
 
     @classmethod
     def open(cls, path: Path) -> "Pack":
         """CheckpointError where the description is damaged, of a later version, or files are missing or cut short."""
         where = path / DESCRIPTION
+        if not cls.is_one(path):
+            raise CheckpointError(
+                f"{path} is no packed checkpoint: it has no {DESCRIPTION}. `workbench pack` makes one."
+            )
         try:
             said = json.loads(where.read_text(encoding="utf-8"))
             if said["kind"] != KIND or said["version"] != VERSION:
@@ -107,7 +120,7 @@ class Pack:
             if found != about["bytes"]:
                 raise CheckpointError(
                     f"{path / name}: {'missing' if found is None else f'{found:,} bytes'} where {about['bytes']:,} "
-                    "were written. Copy it again, or go on with the same `workbench pack`."
+                    "were written. Copy it again, or give the same `workbench pack` (or synth) again: it goes on."
                 )
         found = _sealed(path)
         if changed := [name for name in sealed if found.get(name) != sealed[name]]:

@@ -3,11 +3,12 @@
 Any safetensors reader opens it. The checksums (CRC-32 of the bytes) are in its metadata, in the order of the tensors.
 """
 
+import fcntl
 import json
 import os
 import zlib
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from workbench.blocks import PAGE, slab
-from workbench.errors import CheckpointError
+from workbench.errors import CheckpointError, RequestError
 from workbench.shards import DTYPES, read_header
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -116,13 +117,21 @@ class PackFile:
     def read(self, name: str, into: torch.Tensor) -> None:
         """Fills `into`, uint8 [nbytes] in main memory. CheckpointError where the file is short, damaged or unreadable.
 
-        Threads may read at the same time.
+        Threads may read at the same time. Where another file has taken the place of a damaged one, that is read.
         """
+        try:
+            self._fill(name, into)
+        except CheckpointError:
+            if not self._replaced():
+                raise
+            self._fill(name, into)
+
+    def _fill(self, name: str, into: torch.Tensor) -> None:
         stored = self.stored[name]
         assert into.nbytes == stored.nbytes and into.is_contiguous(), f"{name}: {into.nbytes} for {stored.nbytes} bytes"
         if self._direct and into.data_ptr() % PAGE:  # past the cache only whole pages are read, into whole pages
             aligned = slab(1, stored.nbytes)[0]
-            self.read(name, aligned)
+            self._fill(name, aligned)
             into.copy_(aligned)
             return
         buffer = memoryview(into.numpy())
@@ -144,7 +153,8 @@ class PackFile:
             )
         if zlib.crc32(buffer) != self.checksums[name]:
             raise CheckpointError(
-                f"{self.path}: {name} is damaged: it is not as its checksum says. Copy or pack it again."
+                f"{self.path}: {name} is damaged: it is not as its checksum says. Copy the file again; or remove it "
+                "and give the same `workbench pack` again, which makes it anew."
             )
 
     def close(self) -> None:
@@ -154,6 +164,18 @@ class PackFile:
 
     def __del__(self):
         self.close()
+
+    def _replaced(self) -> bool:
+        """Whether there is another file of that name than the one that is open; it is open from now on."""
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self._descriptor)):
+                return False
+        except OSError:
+            return False
+        fresh = self._open()
+        os.dup2(fresh, self._descriptor, inheritable=False)  # other threads read on by the same number
+        os.close(fresh)
+        return True
 
     def _open(self) -> int:
         pages = all(one.start % PAGE == 0 and one.nbytes % PAGE == 0 for one in self.stored.values())
@@ -190,3 +212,23 @@ def write_json(file: Path, content: dict) -> None:
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Two that write in one directory at once would write the same files: RequestError for the second. The lock goes
+    with the process, however that ends.
+    """
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(
+                f"{out}: another `workbench pack` or `workbench synth` writes there. Wait until it has ended."
+            ) from None
+        except OSError:  # a network file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)

@@ -4,13 +4,11 @@ A file is whole or has the suffix .part, and says in its metadata what it was ma
 directory until packed.json takes its place.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import date
 from functools import partial
 from itertools import groupby
@@ -27,8 +25,17 @@ from workbench.config import Config
 from workbench.errors import BudgetError, CheckpointError, RequestError
 from workbench.matrix import Matrix
 from workbench.model import Model
-from workbench.pack import DESCRIPTION, UNFINISHED, Pack, block_entries, described, experts_file, part_entries, weights_file
-from workbench.packfile import NAMES, Entry, PackFile, PackWriter, write_json
+from workbench.pack import (
+    DESCRIPTION,
+    UNFINISHED,
+    Pack,
+    block_entries,
+    described,
+    experts_file,
+    part_entries,
+    weights_file,
+)
+from workbench.packfile import NAMES, Entry, PackFile, PackWriter, alone, write_json
 from workbench.progress import Clock, Tell
 from workbench.quantising import Quantising, Round, nearest
 from workbench.recipe import Recipe
@@ -64,14 +71,13 @@ def pack(
     if Pack.is_one(folder):
         was = Pack.open(folder).recipe.name
         raise RequestError(f"{folder} is packed already, by recipe {was}. Give the checkpoint it was made from.")
-    if out.exists() and out.samefile(folder):
-        raise RequestError(f"{out} is the source itself. Give another directory to pack into.")
     job = _Job(source_path, out, recipe, round)
-    job.claim(force)
-    job.check_room(job.kept())
     try:
+        job.claim(force)
+        job.check_room(job.kept())
         out.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
+        with alone(out):
+            job.claim(force)  # again: another may have begun and ended since
             return job.run(job.kept(), progress)
     except OSError as error:
         whole = job.kept()
@@ -105,10 +111,7 @@ def verify(path: str | Path, progress: Tell = lambda progress: None) -> None:
         file.close()
         clock.add(about["bytes"] - sum(stored.nbytes for stored in file.stored.values()))
     if damaged:
-        raise CheckpointError(
-            f"{len(damaged)} of {read} tensors are damaged. The first: {damaged[0]} Where a file is removed, the same "
-            "`workbench pack` makes it again."
-        )
+        raise CheckpointError(f"{len(damaged)} of {read} tensors are damaged. The first: {damaged[0]}")
 
 
 class _Wanted(NamedTuple):
@@ -181,20 +184,35 @@ class _Job:
         left = {f"{UNFINISHED}.part"}  # all there is of a run that was killed in its first moment
         if not self.out.exists() or self.out.is_dir() and {file.name for file in self.out.iterdir()} <= left:
             return
-        if not (Pack.is_one(self.out) or (self.out / UNFINISHED).is_file()):
-            raise RequestError(f"{self.out} is there and is nothing packed. Choose another place, or an empty one.")
+        if self.out.samefile(self.folder):
+            raise RequestError(f"{self.out} is the source itself. Give another directory to pack into.")
         made_from, was = _said(self.out)
-        if made_from != self.made_from and not force:
-            same = was == f"by {self.recipe.name} from {self.pack.notes['source']}"
+        if made_from == self.made_from or made_from is None and self.kept():  # a file says by itself what it is of
+            return
+        here = f"{self.recipe.name} from {self.pack.notes['source']}"
+        if not any((self.out / name).is_file() for name in (DESCRIPTION, UNFINISHED)):
             raise RequestError(
-                f"{self.out} holds what was packed {was}, and this is {self.recipe.name} from "
-                f"{self.pack.notes['source']}{', but other weights or rounding' if same else ''}. Choose another "
-                "directory, or start anew with --force."
+                f"{self.out} is there and is nothing packed, or not by {here}. Choose another place, or an empty one. "
+                f"Where only {DESCRIPTION} was lost, the same `workbench pack` as before makes it again."
+            )
+        if not force:
+            more = ", but other weights or rounding" if was == f"by {here}" else ""
+            raise RequestError(
+                f"{self.out} holds what was packed {was}, and this is {here}{more}. Choose another directory, or start "
+                "anew with --force."
             )
 
     def kept(self) -> list[str]:
         """The files that are there, whole, and made from the same."""
         return [name for name, (writer, _) in self.files.items() if _is_whole(writer)]
+
+    def finished(self, kept: list[str]) -> Pack | None:
+        """What is there, where nothing is to be written."""
+        if len(kept) == len(self.files):
+            with suppress(CheckpointError):
+                pack = Pack.open(self.out)
+                return pack if pack.notes.get("made_from") == self.made_from else None
+        return None
 
     def missing(self, kept: list[str]) -> int:
         """Bytes still to be written."""
@@ -202,6 +220,8 @@ class _Job:
         return along + sum(writer.nbytes for name, (writer, _) in self.files.items() if name not in kept)
 
     def check_room(self, kept: list[str]) -> None:
+        if self.finished(kept):
+            return
         needed = self.missing(kept)
         there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free + sum(file.stat().st_size for file in self._stale(kept))
@@ -212,7 +232,7 @@ class _Job:
             )
 
     def run(self, kept: list[str], tell: Tell) -> Pack:
-        finished = _finished(self.out, self.made_from) if len(kept) == len(self.files) else None
+        finished = self.finished(kept)
         if finished is None:
             about = {"made_from": self.made_from, "recipe": self.recipe.name, "source": self.pack.notes["source"]}
             write_json(self.out / UNFINISHED, about)
@@ -273,23 +293,15 @@ class _Job:
 
 
 def _is_whole(writer: PackWriter) -> bool:
-    if not writer.path.is_file() or writer.path.stat().st_size != writer.nbytes:
-        return False
     try:
+        if writer.path.stat().st_size != writer.nbytes:
+            return False
         file = PackFile(writer.path)
-    except CheckpointError:
+    except (OSError, CheckpointError):
         return False
     found = [(name, stored.dtype, stored.shape) for name, stored in file.stored.items()]
     entries = [(entry.name, NAMES[entry.dtype], entry.shape) for entry in writer.entries]
     return found == entries and file.metadata.get("made_from") == writer.metadata["made_from"]
-
-
-def _finished(out: Path, made_from: str) -> Pack | None:
-    try:
-        pack = Pack.open(out)
-    except CheckpointError:
-        return None
-    return pack if pack.notes.get("made_from") == made_from else None
 
 
 def _said(out: Path) -> tuple[str | None, str]:
@@ -331,19 +343,3 @@ def _name(folder: Path) -> str:
     if folder.parent.name == "snapshots":
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     return folder.name
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Two at once would write the same files. The lock goes with the process, however that ends."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(f"{out}: another `workbench pack` writes there. Wait until it has ended.") from None
-        except OSError:  # a network file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)

@@ -29,6 +29,7 @@ from workbench.workspace import workspace
 SLOTS, FAR, CACHE, WORK, PROCESS = "expert slots", "expert slots (host)", "cache", "workspace", "process"
 ROOM = 96 << 20  # what the allocator keeps, telemetry, threads: found by running, see tests/test_budget.py
 DRIVER = 600 << 20  # of a CUDA context and PyTorch's kernels; not measured yet
+WOBBLE = 4 << 20  # a process takes some hundred KB more or less each time: room for that in what is named as the least
 RESERVE = 0.1  # of the free memory is left alone where no limit was given
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of a prompt in one pass
 WORKSHOP = 0.08  # of the limit: a larger workspace makes the chunks smaller, while that helps
@@ -80,10 +81,14 @@ class Plan:
         """
         device = device or ("cuda" if vram is not None else "cpu")
         recipe = None if recipe is None else Recipe.named(recipe)
-        dtype = DTYPES.get(dtype, dtype) or (torch.float32 if device == "cpu" else torch.bfloat16)
+        if dtype is None:
+            dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        elif dtype not in (*DTYPES, *DTYPES.values()):
+            raise RequestError(f"no dtype called {dtype!r}; use 'fp32' or 'bf16'.")
+        dtype = DTYPES.get(dtype, dtype)
         if cache == "auto":
             cache = "fp32" if dtype == torch.float32 else "bf16"
-        context = min(context or 8192, config.max_position_embeddings)
+        context = min(8192 if context is None else context, config.max_position_embeddings)
         if context < 1 or batch < 1:
             raise RequestError(f"a context and a batch have at least 1 token and sequence; got {context} and {batch}.")
         process = psutil.Process().memory_info().rss if process is None else process
@@ -113,13 +118,16 @@ class Plan:
     @classmethod
     def of(cls, what: str | Path, recipe: str | Recipe | None = None, **limits) -> "Plan":
         """For a released shape ("v2", "v2-lite" ...), a checkpoint directory, packed or not, or a config.json. The
-        recipe of one that is not packed is int4 where none is said. Takes the options of `make`.
+        recipe of one that is not packed is int4 where none is said; one that is packed has its own. Takes the options
+        of `make`.
         """
         path, measured = Path(what), saved()
         if str(what) in PRESETS:
             config = Config.preset(str(what))
         elif path.is_dir() and Pack.is_one(path):
             pack = Pack.open(path)
+            if recipe is not None and Recipe.named(recipe).rules != pack.recipe.rules:
+                raise RequestError(f"{path} is packed already, by recipe {pack.recipe.name}: give no recipe.")
             config, recipe = pack.config, pack.recipe
         else:
             config = Config.from_json(path / "config.json" if path.is_dir() else path)
@@ -240,18 +248,18 @@ class Plan:
         fitting = [plan for one in chunks if (plan := replace(self, chunk=one))._room() >= least * self.block]
         if not fitting:
             smallest = replace(self, chunk=min(chunks))
-            self._refuse(sum(smallest.fixed.values()) + least * self.block)
+            self._refuse(smallest, least)
         frugal = [plan for plan in fitting if plan._workspace(plan.chunk) <= WORKSHOP * self._limit]
         every = [plan for plan in fitting if plan._room() >= self.experts * self.block]
         plan = (every or frugal or fitting[-1:])[0]
         if self.recipe is None and not every:
-            self._refuse(sum(fitting[0].fixed.values()) + self.experts * self.block)
+            self._refuse(fitting[0], self.experts)
         slots, far = min(self.experts, plan._room() // self.block) if self.experts else 0, 0
         if self.staged:
             room = self.ram - sum(self.host.values())
             far = 0 if slots == self.experts else min(self.experts, max(0, room) // self.block)
             if slots < self.experts and far < least:
-                needed = sum(self.host.values()) + least * self.block
+                needed = sum(self.host.values()) + least * self.block + WOBBLE
                 raise BudgetError(
                     f"{show_bytes(self.ram)} of main memory are too little: this process has "
                     f"{show_bytes(self.process)}, and experts on their way to the device need room. ram={needed} is "
@@ -262,8 +270,9 @@ class Plan:
     def _room(self) -> int:
         return self._limit - sum(self.fixed.values())
 
-    def _refuse(self, least: int) -> None:
+    def _refuse(self, smallest: "Plan", experts: int) -> None:
         name = "vram" if self.staged else "ram"
+        least = sum(smallest.fixed.values()) + experts * self.block + (0 if self.staged else WOBBLE)
         hint = "" if self.recipe else " Packed weights take less, and may stay on disk: workbench pack."
         raise BudgetError(
             f"{show_bytes(self._limit)} are too little: {name}={least} ({show_bytes(least)}) is the least that works "

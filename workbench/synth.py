@@ -23,9 +23,19 @@ from workbench.errors import BudgetError, CheckpointError, RequestError
 from workbench.matrix import Matrix
 from workbench.model import Model
 from workbench.noise import Noise
-from workbench.pack import UNFINISHED, Pack, block_entries, described, experts_file, part_entries, weights_file
-from workbench.packfile import PackFile, PackWriter
+from workbench.pack import (
+    DESCRIPTION,
+    UNFINISHED,
+    Pack,
+    block_entries,
+    described,
+    experts_file,
+    part_entries,
+    weights_file,
+)
+from workbench.packfile import PackFile, PackWriter, alone, write_json
 from workbench.recipe import Recipe
+from workbench.sizes import show_bytes
 
 POCKET = Path(__file__).parent / "pocket"  # whose tokenizer goes along
 WRITERS = 2  # files at the same time: one is drawn while another is written
@@ -67,13 +77,25 @@ class Synth:
         disk has less room than it takes; CheckpointError where `out` holds anything else.
         """
         out = Path(out)
-        if finished := self._begun(out):
-            return finished
-        done = sum((out / file).stat().st_size for file in self._real if (out / file).is_file())
-        self._check_room(out, self.nbytes - done)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / UNFINISHED).write_text(json.dumps(self._said, indent=2) + "\n", encoding="utf-8")
-        missing = [file for file in self._real if not (out / file).is_file()]
+        try:
+            if finished := self._begun(out):
+                return finished
+            self._check_room(out, self.nbytes - sum(self._whole(out).values()))
+            out.mkdir(parents=True, exist_ok=True)
+            with alone(out):
+                return self._begun(out) or self._go_on(out, progress)  # another may have begun and ended since
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise BudgetError(f"{out}: the disk is full. Make room and ask again: it goes on.") from error
+            raise CheckpointError(
+                f"{out}: writing failed ({error}). Check the disk and ask again: it goes on."
+            ) from error
+
+    def _go_on(self, out: Path, progress: Callable[[int, int], None]) -> Pack:
+        write_json(out / UNFINISHED, self._said)
+        (out / DESCRIPTION).unlink(missing_ok=True)
+        whole = self._whole(out)
+        missing, done = [file for file in self._real if file not in whole], sum(whole.values())
         stop = Event()
         pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="synth")
         try:
@@ -81,16 +103,16 @@ class Synth:
             for nbytes in pool.map(lambda file: self._write(out, file, stop), missing):
                 done += nbytes
                 progress(done, self.nbytes)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise BudgetError(f"{out}: the disk is full. Make room and ask again: it goes on.") from error
-            raise CheckpointError(
-                f"{out}: writing failed ({error}). Check the disk and ask again: it goes on."
-            ) from error
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
         return self._finish(out)
+
+    def _whole(self, out: Path) -> dict[str, int]:
+        """The files that are there and as long as they should be, and their bytes."""
+        sizes = {file: self._writer(out, file).nbytes for file in self._real}
+        found = {file: (out / file).stat().st_size for file in self._real if (out / file).is_file()}
+        return {file: size for file, size in found.items() if size == sizes[file]}
 
     @cached_property
     def layout(self) -> Layout | None:
@@ -165,13 +187,19 @@ class Synth:
             return None
         if not out.is_dir():
             raise CheckpointError(f"{out} is a file. {otherwise}")
-        if Pack.is_one(out):
-            found = Pack.open(out)
+        if (out / DESCRIPTION).is_file():
+            try:
+                found = Pack.open(out)
+            except CheckpointError:
+                if _notes(out) != self._said:
+                    raise
+                return None  # what is missing is made again
             if found.notes != self._said:
                 raise CheckpointError(f"{out} holds another packed checkpoint ({found.notes}). {otherwise}")
             (out / UNFINISHED).unlink(missing_ok=True)
             return found
-        if any(out.iterdir()):
+        left = {f"{UNFINISHED}.part"}  # all there is of a run that was killed in its first moment
+        if not {file.name for file in out.iterdir()} <= left:
             try:
                 said = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
             except (OSError, ValueError):
@@ -188,8 +216,8 @@ class Synth:
         if free < needed:
             less = "" if self.shared or not self.layout else " --shared takes less."
             raise BudgetError(
-                f"{out}: it takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free. Make room, or choose "
-                f"another folder.{less}"
+                f"{out}: it takes {show_bytes(needed)}, and {show_bytes(free)} are free. Make room, or choose another "
+                f"folder.{less}"
             )
 
     def _finish(self, out: Path) -> Pack:
@@ -205,8 +233,16 @@ class Synth:
                 shutil.copyfile(POCKET / file, out / file)
         (out / "README.md").write_text(_card(self), encoding="utf-8")
         self._pack(out, files).write()
-        (out / UNFINISHED).unlink()
+        (out / UNFINISHED).unlink(missing_ok=True)
         return replace(Pack.open(out), config=self.config)
+
+
+def _notes(out: Path) -> dict | None:
+    """Of a checkpoint that does not open."""
+    try:
+        return json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))["notes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def disk_bytes(path: Path) -> int:

@@ -1,0 +1,201 @@
+"""Fused: a whole forward pass in one call of kernels/fused.c, where the model is plain, on the CPU, and nobody looks inside.
+
+B batch, T new tokens, D hidden, W cached row, R rotary width, K chosen, E experts.
+"""
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import nn
+
+from workbench.cache import BLOCK, LatentCache
+from workbench.compiled import MissingError, library
+from workbench.config import Config
+from workbench.experts import Resident
+from workbench.formats import Plain
+from workbench.probe import Probe, Silent
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [("at", c_void_p), ("rows", c_int64), ("width", c_int64)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("attention_norm", "q_norm", "kv_norm", "mlp_norm")),
+        *(
+            (name, _Weight)
+            for name in "down q_up kv_up out router gate_up shut experts_up experts_down".split()
+        ),
+    ]
+
+
+class _Net(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in "bf16 layers hidden heads content rope value latent".split()),
+        *((name, c_int64) for name in "experts chosen groups kept normed".split()),
+        *((name, c_float) for name in ("eps", "scale", "factor")),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("norm", c_void_p),
+        ("head", _Weight),
+    ]
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        ("sequences", c_int64),
+        ("new", c_int64),
+        ("before", c_void_p),
+        ("rotations", c_void_p),
+        ("cache_bf16", c_int64),
+        ("most", c_int64),
+        ("pool", c_void_p),
+        ("table", c_void_p),
+        ("write", c_int64),
+        *((name, c_void_p) for name in ("x", "rows", "ids", "gates", "scores")),
+        ("every", c_int64),
+        ("logits", c_void_p),
+    ]
+
+
+@cache
+def _opened() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        found = library("fused")
+    except MissingError as error:
+        return None, str(error)
+    found.fused_room.argtypes, found.fused_room.restype = (c_void_p, c_int64, c_int), c_int64
+    found.fused_pass.argtypes, found.fused_pass.restype = (c_void_p,) * 3 + (c_int64, c_int64, c_int), None
+    return found, None
+
+
+def missing() -> str | None:
+    """Why no pass is fused on this machine; None where it can be."""
+    return _opened()[1]
+
+
+class Fused:
+    """The weights of one model as the library wants them. `model` is a model.Model; nothing of it is copied."""
+
+    def __init__(self, model: nn.Module):
+        self.tensors: list[torch.Tensor] = []
+        config, blocks = model.config, model.blocks
+        self._layers = (_Layer * len(blocks))(*(self._layer(config, block, model.store) for block in blocks))
+        limited = config.topk_method == "group_limited_greedy"
+        self._net = _Net(
+            TYPES[model.dtype], len(blocks), config.hidden_size, config.num_attention_heads, config.qk_nope_head_dim,
+            config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank, config.n_routed_experts or 0,
+            config.num_experts_per_tok or 0, config.n_group if limited else 0, config.topk_group if limited else 0,
+            config.norm_topk_prob, config.rms_norm_eps, blocks[0].attention.scale, config.routed_scaling_factor,
+            self._layers, self._at(model.norm), self._weight(model.head),
+        )  # fmt: skip
+        self.mixtures = [block.layer for block in blocks if config.is_moe(block.layer)]
+        self._hooks = [hooks for one in model.modules() for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        self._seen = self._places()
+
+    def _layer(self, config: Config, block: nn.Module, store: Resident) -> _Layer:
+        attention, mlp, moe = block.attention, block.mlp, config.is_moe(block.layer)
+        dense = mlp.shared if moe else mlp
+        compressed = config.q_lora_rank is not None
+        experts = store.bank(block.layer) if moe else None
+        return _Layer(
+            self._at(block.attention_norm),
+            self._at(attention.q_norm) if compressed else None,
+            self._at(attention.kv_norm),
+            self._at(block.mlp_norm),
+            self._weight(attention.down),
+            self._weight(attention.q_up) if compressed else _Weight(),
+            self._weight(attention.kv_up),
+            self._weight(attention.out),
+            self._weight(mlp.router) if moe else _Weight(),
+            self._weight(dense.gate_up) if dense else _Weight(),
+            self._weight(dense.down) if dense else _Weight(),
+            self._weight(experts.gate_up) if experts else _Weight(),
+            self._weight(experts.down) if experts else _Weight(),
+        )
+
+    def _at(self, tensor: torch.Tensor) -> int:
+        self.tensors.append(tensor)
+        return tensor.data_ptr()
+
+    def _weight(self, tensor: torch.Tensor) -> _Weight:
+        return _Weight(self._at(tensor), tensor.shape[:-1].numel(), tensor.shape[-1])
+
+    def _places(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self.tensors]
+
+    @property
+    def current(self) -> bool:
+        """Whether the weights are where they were: `tensor.data = ...` moves one."""
+        return self._places() == self._seen
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a module has a forward hook, which a fused pass would not call."""
+        return any(self._hooks)
+
+    def forward(
+        self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe, every: bool
+    ) -> torch.Tensor:
+        """Embedded tokens [B, T, D] to fp32 logits [B, T, vocab], or [B, 1, vocab] if not of `every` token.
+
+        rotations complex [B, T, R / 2]. The cache has room for the new rows, which are written; it is not advanced.
+        """
+        found, threads, net = _opened()[0], torch.get_num_threads(), self._net
+        batch, new, _ = x.shape
+        shape = (len(self.mixtures), batch, new, net.chosen)
+        ids, gates = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+        scores = torch.empty(*shape[:-1], net.chosen + 1)
+        logits = torch.empty(batch, new if every else 1, net.head.rows)
+        rows = torch.empty(batch * new, net.latent + net.rope)
+        x, turns = x.float().contiguous(), torch.view_as_real(rotations).contiguous()
+        if cache is None:
+            layer = torch.empty(batch * -(-new // BLOCK) * BLOCK, rows.shape[1])  # one for all: no pass comes after
+            pools, before = [layer] * net.layers, [0] * batch
+            tables = torch.arange(len(layer) // BLOCK).view(batch, -1).tolist()
+        else:
+            pools, before = [parts[0] for parts in cache.pool.layers], cache.lengths
+            tables = [sequence.table for sequence in cache.sequences]
+        most = max(map(len, tables))
+        lengths = (c_int64 * batch)(*before)
+        places = (c_void_p * net.layers)(*(pool.data_ptr() for pool in pools))
+        table = (c_int64 * (batch * most))(*(block for one in tables for block in one + [0] * (most - len(one))))
+        asked = _Pass(
+            batch, new, ctypes.addressof(lengths), turns.data_ptr(), TYPES[pools[0].dtype], most,
+            ctypes.addressof(places), ctypes.addressof(table), True, x.data_ptr(), rows.data_ptr(), ids.data_ptr(),
+            gates.data_ptr(), scores.data_ptr(), every, logits.data_ptr(),
+        )  # fmt: skip
+        room = torch.empty(found.fused_room(ctypes.byref(net), batch * new, threads))
+        found.fused_pass(ctypes.byref(net), ctypes.byref(asked), room.data_ptr(), 0, 2 * net.layers + 1, threads)
+        for layer, *routing in zip(self.mixtures, ids.unbind(), gates.unbind(), scores.unbind()):
+            probe.at(layer).routed(*routing)
+        return logits
+
+
+def refusal(model: nn.Module, cache: LatentCache | None, probe: Probe) -> str | None:
+    """Why a pass of a model.Model goes operation by operation, whatever its weights are; None where it may be fused."""
+    if torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()):
+        return "a gradient is asked for"
+    if not isinstance(probe, Silent):
+        return "a probe looks inside or changes something"
+    if cache is not None and not isinstance(cache.pool.format, Plain):
+        return f"the cache is packed ({cache.format})"
+    return None
+
+
+def unfit(model: nn.Module) -> str | None:
+    """Why no pass of a model.Model is fused; None where `Fused` takes it."""
+    if model.device.type != "cpu":
+        return f"the model is on {model.device.type}"
+    if not isinstance(model.store, Resident) or model.store.packed:
+        return "experts are packed, or come from elsewhere"
+    weights = [*model.parameters(), model.norm, model.head]
+    if any(not isinstance(weight, torch.Tensor) or weight.dtype != model.dtype for weight in weights):
+        return "weights are packed"
+    if not all(weight.is_contiguous() for weight in weights):
+        return "weights do not lie in a row"
+    return missing()
