@@ -510,6 +510,8 @@ typedef struct {
 } Split;
 
 ALWAYS Split split(int64_t rows, int64_t width, int64_t n) {
+    if (!rows)
+        return (Split){1, 0, 0};
     const int64_t each = rows_each(rows, width, n);
     return (Split){each, upto(rows, each), upto(n, TOGETHER)};
 }

@@ -7,6 +7,7 @@ import torch
 from fake_bench import FakeBench
 from texts import TEXTS
 
+from workbench.model import Model
 from workbench.opening import open_model
 from workbench.tokenizer import Tokenizer
 from workbench.train.vocabulary import train_tokenizer, write
@@ -43,3 +44,9 @@ def checkpoint(tmp_path_factory):
 def model(checkpoint):
     """model(name) -> the float32 model of that checkpoint. Shared: leave it as it is."""
     return cache(lambda name: open_model(checkpoint(name).path, dtype=torch.float32))
+
+
+@pytest.fixture
+def by_operation(monkeypatch):
+    """No pass is fused: what is looked at, or edited to no effect, has the bits of what is not."""
+    monkeypatch.setattr(Model, "fuse", False)

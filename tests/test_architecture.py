@@ -45,7 +45,7 @@ FLOORS = {
         "storages",
     ],
     4: ["model"],
-    3: ["experts", "weights", "offloaded", "fetching", "slots", "link", "transfers", "quantising"],
+    3: ["experts", "fused", "weights", "offloaded", "fetching", "slots", "link", "transfers", "quantising"],
     2: ["ops", "packed", "lens", "footprint"],
     1: [
         "cache",
@@ -54,6 +54,7 @@ FLOORS = {
         "recipe",
         "blocks",
         "native",
+        "compiled",
         "bandwidth",
         "diskspeed",
         "rope",
@@ -208,7 +209,7 @@ def test_the_core_needs_no_notebook(path):
 
 def test_kernels_have_one_door():
     named = {room(path) for path in PACKAGE if "workbench_kernels" in path.read_text(encoding="utf-8")}
-    assert named <= {"ops", "native", "doctor"}  # one for each kind of processor; the doctor looks, and never imports
+    assert named <= {"ops", "compiled", "doctor"}  # one for each kind of processor; the doctor looks, and never imports
     assert not any("workbench_kernels" in roots(path) for path in PACKAGE if room(path) != "ops")
 
 

@@ -63,6 +63,7 @@ def test_no_probe_is_left_in_the_code_that_is_compared_with():
     assert not re.search(r"\b(x|content|position) = \1\n", code)
 
 
+@pytest.mark.usefixtures("by_operation")
 def test_the_code_without_probes_is_the_same_model_in_memory_too(model):
     copy = copy_of(model, probes=False)
     assert type(copy) is not Model and type(copy).__name__ == "Model"

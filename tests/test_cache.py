@@ -263,6 +263,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("form", ["as chosen", "expanded"])
+@pytest.mark.usefixtures("by_operation")
 def test_a_decoding_step_never_builds_keys_or_values_of_the_context(form, model, monkeypatch):
     config, context = model("lite").config, 960
     cache = LatentCache(config, format="fp32")

@@ -20,6 +20,8 @@ from workbench.probe import both
 from workbench.recorder import Recorder
 from workbench.trace import Trace, new_header
 
+pytestmark = pytest.mark.usefixtures("by_operation")
+
 NAMES = ["lite", "v2", "groups_differ", "normed_gates"]
 
 

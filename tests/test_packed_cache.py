@@ -228,7 +228,9 @@ def test_whatever_happens_to_a_cache_happens_to_a_list(name, seed, garbage):
         format, blocks = cache.pool.format, cache.blocks
         used = {block for cache, _ in family for sequence in cache.sequences for block in sequence.table}
         assert blocks == max(used, default=-1) + 1
-        windows = 2 * len(family) * format.recent * ROW.width * 2 * LAYERS
+        used = sum(sequence.window is not None for cache, _ in family for sequence in cache.sequences)
+        assert used >= sum(length > 0 for cache, _ in family for length in cache.lengths) or not format.recent
+        windows = used * format.recent * ROW.width * 2 * LAYERS
         assert cache.nbytes == blocks * BLOCK * LAYERS * format.nbytes(ROW) + windows
     for cache, _ in family:
         for sequence in cache.sequences:
@@ -498,6 +500,7 @@ def largest_of_a_pass(model, name, new, part, monkeypatch, cut=False):
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])
 @pytest.mark.parametrize("new", [1, 40])
 @pytest.mark.parametrize("name", [*PACKED, "q6+64", "bf16"])
+@pytest.mark.usefixtures("by_operation")
 def test_packed_rows_are_never_unpacked_all_at_once(name, new, form, model, monkeypatch):
     """bf16 beside them: a model in fp32 has to convert it."""
     monkeypatch.setattr(workbench.model, "absorbing_is_cheaper", lambda *_: form == "absorbed")
@@ -508,6 +511,7 @@ def test_packed_rows_are_never_unpacked_all_at_once(name, new, form, model, monk
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
+@pytest.mark.usefixtures("by_operation")
 def test_a_row_that_needs_no_unpacking_is_not_copied(name, checkpoint, monkeypatch):
     dtype = CACHE_FORMATS[name].dtype
     narrow = open_model(checkpoint("lite").path, dtype=dtype)

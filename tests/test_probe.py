@@ -216,6 +216,7 @@ def steps(bench, tokens):
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", ["v2", "lite", "moe_every_other_layer"])
+@pytest.mark.usefixtures("by_operation")
 def test_without_a_probe_the_operations_are_those_of_code_without_probes(name, training, model, tokens, monkeypatch):
     bench, names = model(name), stripped()
     with torch.set_grad_enabled(training):

@@ -243,6 +243,7 @@ def test_the_record_of_a_ragged_batch_is_that_of_each_row(name, case):
 
 
 @pytest.mark.parametrize("name", ["pocket", "v2"])
+@pytest.mark.usefixtures("by_operation")
 def test_looking_changes_nothing_that_is_said(name, case, seen):
     _, _, bench, tokens = case(name)
     plain = bench(torch.tensor([tokens]))

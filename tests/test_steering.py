@@ -12,6 +12,8 @@ from workbench.probe import INSIDE, SITES, both, layers_with, sizes
 from workbench.recorder import Recorder
 from workbench.trace import Trace
 
+pytestmark = pytest.mark.usefixtures("by_operation")
+
 WRITABLE = [site.name for site in SITES.values() if site.writable]
 
 

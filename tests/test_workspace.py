@@ -17,6 +17,8 @@ from workbench.recipe import Recipe
 from workbench.ring import RoutingRing
 from workbench.workspace import Pass, workspace
 
+pytestmark = pytest.mark.usefixtures("by_operation")
+
 # wide in the attention, so that its form and its parts decide
 SHAPE = replace(
     Config.preset("pocket"),

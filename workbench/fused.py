@@ -27,10 +27,7 @@ class _Weight(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("attention_norm", "q_norm", "kv_norm", "mlp_norm")),
-        *(
-            (name, _Weight)
-            for name in "down q_up kv_up out router gate_up shut experts_up experts_down".split()
-        ),
+        *((name, _Weight) for name in "down q_up kv_up out router gate_up shut experts_up experts_down".split()),
     ]
 
 

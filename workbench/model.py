@@ -232,7 +232,13 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A DeepSeek-V2, complete when constructed. Weights do not ask for gradients until `requires_grad_()`."""
+    """A DeepSeek-V2, complete when constructed. Weights do not ask for gradients until `requires_grad_()`.
+
+    fuse    whether a pass may be one call, see `explain`. Its sums are in another order: without it, looking at a pass
+            changes no bit of it
+    """
+
+    fuse = True
 
     def __init__(self, config: Config, source: Source, store: Store | None = None):
         if source.dtype == torch.float16:
@@ -254,7 +260,7 @@ class Model(nn.Module):
         else:
             self.head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
         self.tensors, self.checksum, self.plan = weights.tensors, "", None  # the last two of a packed checkpoint
-        self.fuse, self._fused = True, None  # whether passes may be one call; what they need, or why none is
+        self._fused: Fused | str | None = None  # or why there is none
         self.store.opened(self.blocks)
 
     def forward(

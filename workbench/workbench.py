@@ -138,7 +138,8 @@ def load(
     """
     where = _device(device)
     path = place(name)
-    config, packed = Config.from_json(path / "config.json"), Pack.is_one(path)
+    packed = Pack.is_one(path)  # first: one that is not finished says so
+    config = Config.from_json(path / "config.json")
     kind = _dtype(dtype, where, 0 if packed or recipe else config.parameters().total)
     limited = vram is not None or ram is not None
     if not (packed or limited or recipe):

@@ -38,7 +38,9 @@ def copy_of(model: Model, probes: bool) -> nn.Module:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     module = ModuleType(source.__name__)
     exec(compile(tree if probes else without_probes(tree), str(path), "exec"), vars(module))
-    return _under(module, model)
+    copy = _under(module, model)
+    copy.fuse = False  # what is compared goes operation by operation
+    return copy
 
 
 def _under(module: ModuleType, part: nn.Module) -> nn.Module:

@@ -197,6 +197,7 @@ def measure(
     with computing_with(threads), checkpoint_of(checkpoint, None) as path, torch.inference_mode():
         bench = load(str(path), device="cpu", dtype=str(DTYPES[dtype]).removeprefix("torch."))
         model, config = bench.model, bench.config
+        model.fuse = False  # with hooks or without, what changes nothing shall change no bit
         texts = held_out(bench.tokenizer, count, min(LENGTH, bench.context))
         hooked = {scheme.name: _through(model, scheme) for scheme in tried}
         nats, changes = compared(texts, lambda tokens: model(tokens).log_softmax(-1), hooked)

@@ -1,0 +1,278 @@
+"""A fused pass computes what the operations compute one by one: in every shape, and with the same bits however it is cut."""
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import checkpoints
+import pytest
+import torch
+
+from workbench import fused
+from workbench.cache import LatentCache
+from workbench.checkpoint import Random
+from workbench.config import Config
+from workbench.edits import Ablate
+from workbench.engine import Engine
+from workbench.model import Model
+from workbench.probe import OFF, Probe
+from workbench.quantising import Quantising
+from workbench.recipe import Recipe
+from workbench.recorder import Recorder
+from workbench.ring import RoutingRing
+from workbench.sampling import Sampling
+
+pytestmark = pytest.mark.skipif(fused.missing() is not None, reason=f"no fused pass here: {fused.missing()}")
+
+SMALL = replace(
+    Config.preset("pocket"),
+    vocab_size=301,
+    hidden_size=72,
+    intermediate_size=104,
+    num_hidden_layers=3,
+    num_attention_heads=5,
+    q_lora_rank=40,
+    kv_lora_rank=24,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=20,
+    moe_intermediate_size=22,
+    n_routed_experts=12,
+    n_shared_experts=2,
+    num_experts_per_tok=3,
+    topk_method="group_limited_greedy",
+    n_group=4,
+    topk_group=2,
+    max_position_embeddings=512,
+    bos_token_id=0,
+    eos_token_id=1,
+)
+SHAPES = {
+    "odd": SMALL,
+    "whole registers": replace(
+        SMALL, hidden_size=128, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+        moe_intermediate_size=48, num_attention_heads=8, q_lora_rank=96,
+    ),
+    "no compressed query": replace(SMALL, q_lora_rank=None, topk_method="greedy"),
+    "no shared experts": replace(SMALL, n_shared_experts=None),
+    "normed gates": replace(SMALL, norm_topk_prob=True, routed_scaling_factor=1.0),
+    "one expert a token": replace(SMALL, num_experts_per_tok=1, topk_group=1),
+    "all experts": replace(SMALL, num_experts_per_tok=12, topk_method="greedy"),
+    "every other layer": replace(SMALL, num_hidden_layers=5, moe_layer_freq=2),
+    "dense": replace(SMALL, n_routed_experts=None, num_experts_per_tok=0, topk_method="greedy"),
+    "tied, no yarn": replace(SMALL, tie_word_embeddings=True, rope_scaling=None, first_k_dense_replace=0),
+}  # fmt: skip
+
+
+def built(config: Config, dtype: torch.dtype = torch.float32) -> Model:
+    return Model(config, Random(config, seed=torch.seed() % 1000, dtype=dtype, std=0.12))
+
+
+def tokens_of(config: Config, *shape: int) -> torch.Tensor:
+    return torch.randint(0, config.vocab_size, shape)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def read(model: Model, tokens: torch.Tensor, format: str | None, cuts: list[int], fuse: bool, probe: Probe = OFF):
+    """Logits of every token, read in pieces of these lengths."""
+    model.fuse = fuse
+    cache = LatentCache(model.config, len(tokens), format) if format else None
+    with torch.inference_mode():
+        assert (model.explain(cache, probe) is None) == fuse
+        return torch.cat([model(piece, cache, probe) for piece in tokens.split(cuts, 1)], 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("format, cuts", [(None, [97]), ("fp32", [97]), ("fp32", [61, 1, 1, 33, 1])])
+def test_it_is_what_the_operations_compute(shape, format, cuts):
+    model = built(SHAPES[shape])
+    tokens = tokens_of(model.config, 2, sum(cuts))
+    got, wanted = (read(model, tokens, format, cuts, fuse) for fuse in (True, False))
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=2e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("shape", ["odd", "whole registers", "no compressed query", "dense"])
+def test_in_bf16_it_errs_no_more_than_the_operations(shape):
+    """Where no near tie of the router flips: the expert is then another, by either way."""
+    config = replace(SHAPES[shape], n_routed_experts=None, num_experts_per_tok=0, topk_method="greedy")
+    narrow = built(config, torch.bfloat16)
+    exact = built(config)
+    exact.load_state_dict(narrow.state_dict())
+    tokens = tokens_of(config, 2, 70)
+    wanted = read(exact, tokens, None, [70], False)
+    errors = [
+        (read(narrow, tokens, "bf16", [50, 1, 19], fuse) - wanted).square().mean().sqrt() for fuse in (True, False)
+    ]
+    assert 0 < errors[0] <= 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("shape", ["odd", "whole registers", "no compressed query"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_has_the_same_bits_however_it_is_read(shape, dtype, threads):
+    model = built(SHAPES[shape], dtype)
+    tokens, format = tokens_of(model.config, 3, 150), {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    threads(1)
+    wanted = read(model, tokens, format, [150], True)
+    for count, cuts in ((2, [150]), (3, [64, 64, 22]), (1, [1, 2, 3, 5, 70, 69]), (2, [149, 1])):
+        threads(count)
+        assert torch.equal(read(model, tokens, format, cuts, True), wanted), (count, cuts)
+    for row in range(3):
+        assert torch.equal(read(model, tokens[row : row + 1], format, [31, 119], True), wanted[row : row + 1])
+
+
+def test_a_ragged_batch_over_scattered_blocks_and_forks(threads):
+    threads(2)
+    model = built(SMALL)
+    texts = [tokens_of(SMALL, 1, length) for length in (1, 63, 130, 200)]
+    model.fuse = True
+    with torch.inference_mode():
+        cache = LatentCache(SMALL, 4, "fp32")
+        for start in range(0, 200, 50):  # in turns, so that no sequence lies in a row
+            for number, text in enumerate(texts):
+                if text[:, start : start + 50].numel():
+                    model(text[:, start : start + 50], cache.only(number))
+        for layer in cache.pool.layers:
+            poison = torch.ones(len(layer[0]), dtype=torch.bool)
+            for sequence in cache.sequences:
+                where = sequence.where
+                poison[where] = False
+            layer[0][poison] = float("nan")
+        assert any(not isinstance(sequence.where, slice) for sequence in cache.sequences)
+        fork, one = cache.fork(), tokens_of(SMALL, 4, 1)
+        got = model(one, cache)
+        again = model(one, fork, logits="last")
+        assert torch.equal(got, again) and got.isfinite().all()
+        for row, text in enumerate(texts):
+            alone = model(torch.cat([text, one[row : row + 1]], 1))[:, -1:]
+            assert torch.equal(got[row : row + 1], alone)
+
+
+def test_routing_is_recorded_as_it_was():
+    for shape in ("odd", "normed gates", "all experts", "every other layer"):
+        model = built(SHAPES[shape])
+        tokens, logs = tokens_of(model.config, 2, 40), []
+        for fuse in (True, False):
+            ring = RoutingRing(model.config)
+            logs.append([ring.log(), ring.log()])
+            read(model, tokens, "fp32", [30, 1, 9], fuse, ring.to(*logs[-1]))
+        for mine, wanted in zip(*logs):
+            mine, wanted = mine.rows(), wanted.rows()
+            assert mine.experts.shape == wanted.experts.shape == (40, len(ring.layers), ring.slots)
+            same = mine.experts == wanted.experts
+            assert same.mean() > 0.99  # a near tie may go either way
+            assert abs(mine.gates - wanted.gates)[same].max() < 2e-3
+            assert abs(mine.margins - wanted.margins)[same].max() < 2e-3
+
+
+def test_it_says_when_and_why_it_is_not_fused(monkeypatch):
+    model, cache = built(SMALL), LatentCache(SMALL, 1, "fp32")
+    tokens = tokens_of(SMALL, 1, 5)
+    assert model.explain() is None and model.explain(cache, RoutingRing(SMALL)) is None
+    assert "looks inside" in model.explain(cache, Recorder("resid.pre"))
+    assert "packed (q6)" in model.explain(LatentCache(SMALL, 1, "q6"))
+    hook = model.blocks[1].register_forward_hook(lambda *_: seen.append(1))
+    seen = []
+    assert "hook" in model.explain()
+    model(tokens)
+    hook.remove()
+    assert seen and model.explain() is None
+    model.requires_grad_()
+    assert "gradient" in model.explain()
+    model(tokens).sum().backward()
+    assert model.blocks[1].mlp.router.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert model.explain() is None
+    packed = Model(SMALL, Quantising(Random(SMALL), Recipe.named("int4")))
+    assert "packed" in packed.explain()
+    monkeypatch.setattr(fused, "_opened", lambda: (None, "no C compiler: looked for cc"))
+    assert "no C compiler" in built(SMALL).explain()
+    assert built(SMALL)(tokens).isfinite().all()
+
+
+def test_weights_that_change_or_move_are_the_ones_that_count():
+    model = built(SMALL)
+    tokens = tokens_of(SMALL, 1, 20)
+    first = model(tokens)
+    with torch.no_grad():
+        model.blocks[1].attention.out.mul_(0.5)
+        second = model(tokens)
+        model.blocks[1].attention.out.data = model.blocks[1].attention.out * 2
+        assert torch.equal(model(tokens), first) and not torch.allclose(second, first)
+        model.norm.data = model.norm.data.repeat_interleave(2)[::2]
+        assert model.explain() == "weights do not lie in a row" and torch.allclose(model(tokens), first, atol=1e-4)
+
+
+def test_an_engine_says_the_same(tokenizer):
+    config = replace(SMALL, vocab_size=600, eos_token_id=tokenizer.eos, bos_token_id=tokenizer.bos)
+    model = built(config)
+    texts = []
+    for fuse in (True, False):
+        model.fuse = fuse
+        engine = Engine(model, tokenizer, "fp32")
+        texts.append([engine.generate("Hello there", Sampling(temperature=0, max_tokens=40)).tokens])
+        texts[-1] += [one.tokens for one in engine.batch(["a", "of the latent " * 9], Sampling(seed=3, max_tokens=20))]
+        edited = engine.generate("Hello there", Sampling(temperature=0, max_tokens=9), edits=[Ablate(1, range(6))])
+        texts[-1].append(edited.tokens)
+    assert texts[0] == texts[1]
+
+
+def test_threads_that_pass_at_once_do_not_disturb_each_other(threads):
+    threads(2)
+    model = built(SMALL)
+    texts = [tokens_of(SMALL, 1, length) for length in (7, 33, 64, 90)]
+    wanted = [model(text) for text in texts]
+    wrong = []
+
+    def work(text, right):
+        for _ in range(40):
+            if not torch.equal(model(text), right):
+                wrong.append(len(text))
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(texts, wanted)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_after_a_fork_the_child_has_threads_of_its_own():
+    code = """
+import os, torch
+from workbench.checkpoint import Random
+from workbench.config import Config
+from workbench.model import Model
+torch.set_num_threads(2)
+model = Model(Config.preset("pocket"), Random(Config.preset("pocket")))
+tokens = torch.randint(0, 4000, (1, 30))
+wanted = model(tokens)
+assert model.explain() is None
+child = os.fork()
+if not child:  # NumPy compares: PyTorch's own threads do not survive a fork
+    os._exit(0 if (model(tokens).numpy() == wanted.numpy()).all() else 1)
+assert torch.equal(model(tokens), wanted)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+
+
+def test_checkpoints_of_transformers(model):
+    """As tests/test_parity.py compares the operations with transformers."""
+    for name in checkpoints.CASES:
+        ours = model(name)
+        tokens = tokens_of(ours.config, 2, 120)
+        got, wanted = (read(ours, tokens, "fp32", [90, 1, 29], fuse) for fuse in (True, False))
+        ours.fuse = True
+        assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4), name
