@@ -1,4 +1,4 @@
-"""A fused pass computes what the operations compute one by one: in every shape, and with the same bits however it is cut."""
+"""A fused pass computes what the operations compute one by one, and the same bits however it is cut."""
 
 import os
 import subprocess

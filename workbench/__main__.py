@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from workbench.arguments import SAMPLING, parser
@@ -145,8 +146,12 @@ def _pack(options: argparse.Namespace) -> int:
     if options.out is None:
         raise RequestError("say where the packed checkpoint goes: workbench pack SOURCE OUT.")
     source, how = place(options.source), {"progress": bar, "force": options.force}
-    with tempfile.TemporaryDirectory() as folder:  # of the moments, which are read while it packs
+    with ExitStack() as until:
         if options.calibrate is not None:
+            # the moments are read while it packs, and may be larger than the result: on the same disk
+            parent = options.out.absolute().parent
+            parent.mkdir(parents=True, exist_ok=True)
+            folder = until.enter_context(tempfile.TemporaryDirectory(prefix=".moments-", dir=parent))
             how["round"] = _calibrated(options, Path(folder) / "moments.safetensors")
         made = pack(source, options.out, options.recipe, **how)
     said = {"out": str(options.out), "recipe": made.recipe.name, "bytes": made.nbytes, "checksum": made.checksum}

@@ -111,7 +111,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     bench.add_argument("--threads", type=int, help="all cores if not given")
     bench.add_argument("--rounds", type=int, default=argparse.SUPPRESS, help="more settle what noise leaves open")
-    bench.add_argument("--context", type=int, default=argparse.SUPPRESS, help="of probes and offload: tokens in the cache")
+    bench.add_argument(
+        "--context", type=int, default=argparse.SUPPRESS, help="of probes and offload: tokens in the cache"
+    )
     bench.add_argument("--formats", nargs="+", default=argparse.SUPPRESS, help='of cache: such as bf16 q6 "q6+128"')
     bench.add_argument(
         "--quick",

@@ -5,6 +5,7 @@ larger one, layers would have to be gone through one by one: the residual stream
 weights read, its moments taken, and the stream that leaves it written for the next. That is not here.
 """
 
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from workbench.experts import Resident
 from workbench.model import Dense, Mixture, Model
 from workbench.packfile import Entry, PackFile, PackWriter
 from workbench.probe import OFF, Probe
+from workbench.sizes import show_bytes
 from workbench.tokenizer import Tokenizer
 
 KIND = "deepseek-workbench calibration"
@@ -149,12 +151,22 @@ def texts_of(file: Path, tokenizer: Tokenizer) -> list[torch.Tensor]:
 def write(model: Model, texts: Sequence[torch.Tensor], path: Path, limit: int = LIMIT) -> None:
     """`Calibration.collect` into a file, as many layers at a time as `limit` allows, but at least one.
 
-    The texts are read once for each group of layers. RequestError as there.
+    The texts are read once for each group of layers. RequestError as there; BudgetError where the disk is too small,
+    CheckpointError where it fails.
     """
+    needed, free = nbytes(model.config), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise BudgetError(
+            f"{path.parent}: the moments of this model take {show_bytes(needed)} there while it is packed, and "
+            f"{show_bytes(free)} are free. Free some, or pack onto another disk."
+        )
     entries = [Entry(name, torch.float32, (width, width)) for name, width in widths(model.config).items()]
-    with PackWriter(path, entries, {"kind": KIND}) as file:
-        for _, moment in _moments(model, texts, limit):
-            file.write(moment)
+    try:
+        with PackWriter(path, entries, {"kind": KIND}) as file:
+            for _, moment in _moments(model, texts, limit):
+                file.write(moment)
+    except OSError as error:
+        raise CheckpointError(f"{path}: the moments cannot be written ({error.strerror or error}).") from error
 
 
 class _OnDisk(Mapping[str, torch.Tensor]):

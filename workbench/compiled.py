@@ -26,7 +26,7 @@ class MissingError(Exception):
 
 
 def library(name: str, *flags: str) -> ctypes.CDLL:
-    """That of kernels/`name`.c, compiled with these flags besides the usual ones. MissingError where it cannot be had."""
+    """That of kernels/`name`.c, compiled with these flags besides the usual. MissingError where it cannot be had."""
     try:
         built = _built(name, flags)
         _share_openmp()

@@ -1,4 +1,4 @@
-"""Fused: a whole forward pass in one call of kernels/fused.c, where the model is plain, on the CPU, and nobody looks inside.
+"""Fused: a whole forward pass in one call of kernels/fused.c, of a plain model on the CPU that nobody looks into.
 
 B batch, T new tokens, D hidden, W cached row, R rotary width, K chosen, E experts.
 """

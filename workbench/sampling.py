@@ -109,7 +109,7 @@ def sample(logits: Tensor, sampling: Sampling, seen: Sequence[int], draw: float)
     logprobs = scores - scores.max()
     before = np.exp(logprobs)
     total = float(before.sum())
-    # not `@`: above 10,000 tokens NumPy's BLAS would wake threads of its own, which then spin against those of the model
+    # not `@`: above 10,000 tokens NumPy's BLAS wakes threads of its own, which then spin against those of the model
     entropy = math.log(total) - float((logprobs * before).sum()) / total
 
     kept = _keep(_temper(scores, before, sampling, seen), sampling, draw)

@@ -122,8 +122,10 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     offsets, and that the file is as long as both.
     """
     try:
-        with safe_open(file, framework="pt"):
+        with file.open("rb"), safe_open(file, framework="pt"):
             pass
+    except PermissionError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
     except (SafetensorError, OSError, ValueError) as error:
         size = f" ({file.stat().st_size:,} bytes)" if file.is_file() else ""
         raise CheckpointError(

@@ -13,6 +13,7 @@ from workbench.errors import RequestError
 from workbench.lens.accesses import Accesses
 from workbench.lens.capacity import belady, capacity_curve, lru, working_set
 from workbench.offloaded import Offloaded
+from workbench.sizes import show_bytes
 from workbench.transfers import COLUMNS
 
 PHASES = {"prompt": "passes of several tokens", "answer": "passes of one token"}
@@ -100,7 +101,7 @@ class Traffic:
             per = row.disk_bytes / row.tokens
             lines.append(
                 f"{phase + 's':8}{row.passes:,.0f} passes, {row.tokens:,.0f} tokens, {row.tokens_per_second:,.1f} "
-                f"tokens/s; hits {row.hit_rate:.1%} of {row.accesses:,.0f}; read {per / 1e6:,.1f} MB a token, waited "
+                f"tokens/s; hits {row.hit_rate:.1%} of {row.accesses:,.0f}; read {show_bytes(per)} a token, waited "
                 f"{1e3 * row.waited / row.tokens:,.1f} ms a token"
             )
         lines.append(

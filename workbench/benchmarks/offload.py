@@ -127,6 +127,13 @@ def measure(
     """
     if checkpoint is None or not Pack.is_one(checkpoint):
         raise RequestError("say --checkpoint DIR, a packed one; `workbench synth v2-lite DIR` writes one.")
+    if min(rounds, prompt, tokens) < 1 or context < prompt + tokens:
+        raise RequestError(
+            f"rounds, prompt and tokens are at least 1, and the context holds prompt and tokens; got {rounds} rounds, "
+            f"{prompt} and {tokens} of {context}."
+        )
+    if device not in ("cpu", "cuda"):
+        raise RequestError(f"no device called {device!r}: cpu or cuda.")
     if (llama is None) != (gguf is None):
         raise RequestError("--llama PYTHON and --gguf FILE go together.")
     pack = Pack.open(checkpoint)
