@@ -210,7 +210,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 # what each benchmark can be told beside --checkpoint, --dtype and --threads
 BENCHES = {
-    "cpu": ("shape", "rounds"),
+    "cpu": ("shape", "rounds", "llama"),
     "probes": ("shape", "rounds", "context"),
     "cache": ("rounds", "formats", "quick"),
     "schemes": ("quick",),

@@ -129,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt", type=int, default=argparse.SUPPRESS, help="of offload: tokens of each prompt")
     bench.add_argument("--tokens", type=int, default=argparse.SUPPRESS, help="of offload: of each answer")
     bench.add_argument(
-        "--llama", type=Path, default=argparse.SUPPRESS, help="of offload: a Python with llama-cpp-python"
+        "--llama", type=Path, default=argparse.SUPPRESS, help="of cpu and offload: a Python with llama-cpp-python"
     )
     bench.add_argument("--gguf", type=Path, default=argparse.SUPPRESS, help="of offload: the same shape for llama.cpp")
     bench.add_argument("--save", action="store_true", help="keep the result in kernels/results/")

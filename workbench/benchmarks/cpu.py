@@ -1,14 +1,21 @@
-"""This machine's speed against transformers: prefill and decode on one checkpoint, taken in turns in one process."""
+"""This machine's speed against transformers, and llama.cpp where it is named: prefill and decode on one checkpoint.
+
+Their rounds are taken in turns with ours: transformers in this process, llama.cpp in another.
+"""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from workbench.benchmarks import gguf
+from workbench.benchmarks.llamacpp import LlamaCpp
 from workbench.benchmarks.measure import (
     DTYPES,
     POCKET,
@@ -21,6 +28,7 @@ from workbench.benchmarks.measure import (
     scatter,
 )
 from workbench.benchmarks.rivals import CACHE, Ours, Rival, Setting, Transformers
+from workbench.checkpoint import Safetensors
 from workbench.engine import Engine
 from workbench.errors import RequestError
 from workbench.model import Model
@@ -44,8 +52,8 @@ class Workload(NamedTuple):
 WORKLOADS = (
     Workload("prefill 128", 0, 128, 1, 1.0),
     Workload("prefill 512", 0, 512, 1, 1.0),
-    Workload("decode at 0", 0, 1, STEPS, 1.2),
-    Workload("decode at 1,024", 1024, 1, STEPS, 1.5),
+    Workload("decode at 0", 0, 1, STEPS, 5.0),
+    Workload("decode at 1,024", 1024, 1, STEPS, 5.0),
 )
 
 
@@ -58,6 +66,7 @@ class Row:
     theirs: tuple[float, ...] = ()
     target: float | None = None
     setting: str = ""
+    llama: tuple[float, ...] = ()
 
     @property
     def ratio(self) -> float | None:
@@ -65,11 +74,17 @@ class Row:
         return statistics.median(self.ours) / statistics.median(self.theirs) if self.theirs else None
 
     @property
+    def to_llama(self) -> float | None:
+        """Ours over llama.cpp's, of the medians."""
+        return statistics.median(self.ours) / statistics.median(self.llama) if self.llama else None
+
+    @property
     def met(self) -> bool | None:
         return self.ratio >= self.target if self.theirs else None
 
     def to_dict(self) -> dict:
         summary = {"median_ours": statistics.median(self.ours), "ratio": self.ratio, "met": self.met}
+        summary["ratio_to_llama"] = self.to_llama
         if self.theirs:
             summary["median_theirs"] = statistics.median(self.theirs)
         return asdict(self) | summary
@@ -82,7 +97,8 @@ class Row:
         verdict = "met" if self.met else "MISSED"
         return (
             f"{line}{statistics.median(self.theirs):14,.0f}{self.ratio:8.2f}x"
-            f"{f'{min(each):.2f} to {max(each):.2f}':>16}{self.target:8.1f}x {verdict:7}{self.setting}"
+            f"{f'{min(each):.2f} to {max(each):.2f}':>16}{self.target:8.1f}x {verdict:7}"
+            f"{f'{statistics.median(self.llama):12,.0f}{self.to_llama:8.2f}x' if self.llama else ''}  {self.setting}"
         )
 
 
@@ -94,8 +110,15 @@ class Result:
     difference: float  # largest |difference| of logits before the clocks started
     rows: tuple[Row, ...]
 
+    @property
+    def to_llama(self) -> float | None:
+        """Geometric mean of the rows' ratios to llama.cpp."""
+        ratios = [row.to_llama for row in self.rows if row.llama]
+        return statistics.geometric_mean(ratios) if ratios else None
+
     def to_dict(self) -> dict:
-        return {"about": self.about, "difference": self.difference, "rows": [row.to_dict() for row in self.rows]}
+        own = {"about": self.about, "difference": self.difference, "ratio_to_llama": self.to_llama}
+        return own | {"rows": [row.to_dict() for row in self.rows]}
 
     def __str__(self) -> str:
         about = self.about
@@ -106,10 +129,16 @@ class Result:
             f"logits agree within {self.difference:.1e} over {CHECKED} positions\n"
         )
         head += scatter(about["load"])
+        if about.get("refused"):
+            head += f"not fused: {about['refused']}\n"
         columns = (
             f"{'tokens/s, median':24}{'workbench':>10}{'transformers':>14}{'ratio':>9}{'each round':>16}{'target':>9}"
         )
-        return head + "\n" + "\n".join([columns, *map(str, self.rows)])
+        lines = [columns, *map(str, self.rows)]
+        if self.to_llama:
+            lines[0] += f"{'llama.cpp':>20}{'ratio':>9}"
+            lines.append(f"beside llama.cpp {about['llama']}: {self.to_llama:.2f}x, geometric mean of the four")
+        return head + "\n" + "\n".join(lines)
 
     def save(self, folder: Path = RESULTS) -> Path:
         return keep(folder, "cpu", self.to_dict())
@@ -122,15 +151,17 @@ def measure(
     dtype: str = "float32",
     threads: int | None = None,
     rounds: int = 5,
+    llama: Path | None = None,
 ) -> Result:
-    """Runs everything on `checkpoint`, on random weights of a `shape`, or on pocket.
+    """Runs everything on `checkpoint`, on random weights of a `shape`, or on pocket. llama: a Python with
+    llama-cpp-python, which is given the same weights in the same type.
 
     RequestError where transformers is missing or computes something else; then nothing is timed.
     """
     if rounds < 1:
         raise RequestError("rounds and threads must be at least 1.")
     load = load_average()
-    with computing_with(threads), checkpoint_of(checkpoint, shape) as path, torch.inference_mode():
+    with computing_with(threads), checkpoint_of(checkpoint, shape) as path, torch.inference_mode(), ExitStack() as held:
         ours, theirs = Ours(path, DTYPES[dtype]), Transformers(path, DTYPES[dtype])
         config = ours.model.config
         longest = max(job.context + job.new * job.passes for job in WORKLOADS)
@@ -138,9 +169,15 @@ def measure(
             raise RequestError(f"{path}: a context of {longest} is measured, and this model has less.")
         tokens = torch.randint(config.vocab_size, (1, longest), generator=torch.Generator().manual_seed(0))
         difference = _same(ours, theirs, tokens[:, :CHECKED])
-        rows = [_compare(job, ours, theirs, tokens, rounds) for job in WORKLOADS]
+        other = None
+        if llama is not None:
+            folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+            file = gguf.write(config, folder / "same.gguf", source=Safetensors(path, DTYPES[dtype]))
+            other = held.enter_context(LlamaCpp(llama, file, torch.get_num_threads(), longest))
+        rows = [_compare(job, ours, theirs, other, tokens, rounds) for job in WORKLOADS]
         rows += _engine(ours.model, path, tokens, rounds)
         run = {"dtype": dtype, "rounds": rounds, "load": load, "transformers": theirs.version}
+        run |= {"llama": other and other.version, "refused": ours.model.explain()}
         return Result(about(config, path, shape) | run, difference, tuple(rows))
 
 
@@ -158,14 +195,27 @@ def _same(ours: Ours, theirs: Transformers, tokens: torch.Tensor) -> float:
     return worst.max().item()
 
 
-def _compare(job: Workload, ours: Ours, theirs: Transformers, tokens: torch.Tensor, rounds: int) -> Row:
+def _compare(
+    job: Workload, ours: Ours, theirs: Transformers, other: LlamaCpp | None, tokens: torch.Tensor, rounds: int
+) -> Row:
     setting, repeats = _fastest(job, theirs, tokens)
     theirs.use(setting)
     sides = [_runner(rival, job, tokens) for rival in (ours, theirs)]
     for run in sides:
         run(passes=1)  # warm
-    pairs = [[run(repeats=repeats) for run in sides] for _ in range(rounds)]
-    return Row(job.name, *(tuple(side) for side in zip(*pairs, strict=True)), target=job.target, setting=str(setting))
+    pairs, llama = [], []
+    for _ in range(rounds):
+        pairs.append([run(repeats=repeats) for run in sides])
+        if other:
+            best = max(_llama(other, job) for _ in range(3))  # its passes are shorter than ours are repeated
+            llama.append(best)
+    both = (tuple(side) for side in zip(*pairs, strict=True))
+    return Row(job.name, *both, target=job.target, setting=str(setting), llama=tuple(llama))
+
+
+def _llama(other: LlamaCpp, job: Workload) -> float:
+    [speed] = other.prefill(job.new, 1) if job.new > 1 else other.decode(job.context, job.passes, 1)
+    return speed
 
 
 def _fastest(job: Workload, theirs: Transformers, tokens: torch.Tensor) -> tuple[Setting, int]:

@@ -1,4 +1,5 @@
-"""GGUF: a file with the shape of a Config and random weights in llama.cpp's 4 bits, so that it can be timed too.
+"""GGUF: the shape of a Config for llama.cpp, so that it can be timed too: with random weights in its 4 bits, or with
+those of a checkpoint as they are.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; names and keys: llama.cpp's `deepseek2`, in the
 form that keeps the latent in its cache; formats of the tensors: as `llama-quantize ... Q4_0` chooses them.
@@ -8,22 +9,45 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from workbench.config import Config
 from workbench.errors import RequestError
+from workbench.weights import Source
 
 ALIGNMENT = 32  # bytes, GGUF's default
 CHUNK = 1 << 24  # bytes of a tensor made and written at a time
-MOSTLY_Q4_0 = 2  # llama.cpp's number for the file as a whole
+KINDS = {"q4_0": 2, "fp32": 0, "bf16": 32}  # llama.cpp's numbers for the file as a whole
 SOFTMAX = 1  # and for how the router scores
 
 Value = str | bool | int | float
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output": "lm_head",
+    "output_norm": "model.norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_k_b": "self_attn.kv_b_proj",
+    "attn_v_b": "self_attn.kv_b_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate_inp": "mlp.gate",
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    **{f"ffn_{part}_exps": f"mlp.experts.*.{part}_proj" for part in ("gate", "up", "down")},
+    **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
+}
 
 
 class Block(NamedTuple):
@@ -40,6 +64,8 @@ class Block(NamedTuple):
 
 F32 = Block(0, 1, np.dtype("<f4"), 1.0)
 F16 = Block(1, 1, np.dtype("<f2"), 1.0)
+BF16 = Block(30, 1, np.dtype("<i2"), 1.0)
+PLAIN = {torch.float32: F32, torch.bfloat16: BF16}
 Q4_0 = Block(2, 32, np.dtype([("d", "<f2"), ("q", "u1", 16)]), math.sqrt(255 / 12 + 1 / 4))
 Q8_0 = Block(8, 32, np.dtype([("d", "<f2"), ("q", "i1", 32)]), math.sqrt(65535 / 12 + 1 / 4))
 Q6_K = Block(
@@ -58,6 +84,7 @@ class Tensor:
     shape: tuple[int, ...]
     block: Block
     std: float | None
+    weights: Callable[[], torch.Tensor] | None = None  # instead of random ones
 
     @property
     def blocks(self) -> int:
@@ -68,7 +95,11 @@ class Tensor:
         return self.blocks * self.block.layout.itemsize
 
     def chunks(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
-        """The blocks in order, at most CHUNK bytes at a time."""
+        """The blocks in order, at most CHUNK bytes at a time; those of a checkpoint at once."""
+        if self.weights is not None:
+            plain = self.weights().contiguous().view(torch.int16 if self.block is BF16 else torch.float32)
+            yield plain.numpy().reshape(-1).astype(self.block.layout, copy=False)
+            return
         most = max(1, CHUNK // self.block.layout.itemsize)
         for done in range(0, self.blocks, most):
             yield self._random(min(most, self.blocks - done), generator)
@@ -85,14 +116,16 @@ class Tensor:
         return blocks
 
 
-def write(config: Config, path: Path, seed: int = 0) -> Path:
-    """Writes `config`'s shape to `path`: about 0.57 bytes a parameter on the disk, a few CHUNKs of memory.
+def write(config: Config, path: Path, seed: int = 0, source: Source | None = None) -> Path:
+    """Writes `config`'s shape to `path`: about 0.57 bytes a parameter on the disk, a few CHUNKs of memory. Or, a tensor
+    at a time, the weights of `source` in its type.
 
     There is no vocabulary in it, only its size: tokens go in by number. RequestError for a shape that llama.cpp's
     `deepseek2` does not have, and for a disk without the room.
     """
-    content = tensors(config)
-    header = _header(content, metadata(config))
+    content = tensors(config) if source is None else _of(source, config)
+    kind = "q4_0" if source is None else "fp32" if source.dtype == torch.float32 else "bf16"
+    header = _header(content, metadata(config, kind))
     size = len(header) + sum(_aligned(tensor.nbytes) for tensor in content)
     free = shutil.disk_usage(path.parent).free
     if size > free:
@@ -100,21 +133,21 @@ def write(config: Config, path: Path, seed: int = 0) -> Path:
             f"{path}: {size / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; choose another folder."
         )
     generator = np.random.default_rng(seed)
-    partial = path.with_name(path.name + ".partial")  # a file cut short is never taken for a whole one
+    unfinished = path.with_name(path.name + ".partial")  # a file cut short is never taken for a whole one
     try:
-        with partial.open("wb") as file:
+        with unfinished.open("wb") as file:
             file.write(header)
             for tensor in content:
                 for chunk in tensor.chunks(generator):
                     file.write(chunk)
                 file.write(bytes(_aligned(tensor.nbytes) - tensor.nbytes))
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
     return path
 
 
-def metadata(config: Config) -> dict[str, Value]:
+def metadata(config: Config, kind: str = "q4_0") -> dict[str, Value]:
     """What llama.cpp reads before the tensors. Integers are written as u32, other numbers as f32."""
     experts = config.n_routed_experts or 0
     model = {
@@ -159,8 +192,8 @@ def metadata(config: Config) -> dict[str, Value]:
         }
     return {
         "general.architecture": "deepseek2",
-        "general.name": f"{config.name or 'shape'}, random weights",
-        "general.file_type": MOSTLY_Q4_0,
+        "general.name": f"{config.name or 'shape'}{', random weights' if kind == 'q4_0' else ''}",
+        "general.file_type": KINDS[kind],
         "general.quantization_version": 2,
         "tokenizer.ggml.model": "no_vocab",
         **{f"deepseek2.{key}": value for key, value in model.items()},
@@ -181,6 +214,33 @@ def tensors(config: Config) -> list[Tensor]:
         ends = [_matrix("token_embd", vocab, hidden, std=1.0), _matrix("output", vocab, hidden, block=Q6_K)]
     layers = (tensor for index in range(config.num_hidden_layers) for tensor in _layer(config, index))
     return [*ends, _norm("output_norm", hidden), *layers]
+
+
+def _of(source: Source, config: Config) -> list[Tensor]:
+    """The same tensors with the weights of a checkpoint: norms and the router in fp32, as llama.cpp has them."""
+    found, take = [], lru_cache(1)(source.take)  # the two halves of kv_b come one after the other
+    for one in tensors(config):
+        wide = one.block is F32
+        weights = partial(_weights, take, config, one.name, one.shape, wide)
+        found.append(replace(one, block=F32 if wide else PLAIN[source.dtype], weights=weights))
+    return found
+
+
+def _weights(take: Callable, config: Config, name: str, shape: tuple[int, ...], wide: bool) -> torch.Tensor:
+    *layer, part, _ = name.split(".")
+    theirs = NAMES[part]
+    if layer:
+        theirs = f"model.layers.{layer[1]}.{theirs}"
+    if part in ("attn_k_b", "attn_v_b"):
+        heads, rank, keys = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
+        both = take(f"{theirs}.weight", (heads * (keys + config.v_head_dim), rank)).unflatten(0, (heads, -1))
+        taken = both[:, :keys].mT if part == "attn_k_b" else both[:, keys:]
+    elif part.endswith("_exps"):
+        each = [theirs.replace("*", str(expert)) for expert in range(shape[0])]
+        taken = torch.stack([take(f"{one}.weight", shape[1:]) for one in each])
+    else:
+        taken = take(f"{theirs}.weight", shape)
+    return taken.float() if wide else taken
 
 
 def _layer(config: Config, index: int) -> Iterator[Tensor]:
