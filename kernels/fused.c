@@ -29,6 +29,7 @@ chosen, I expert width. */
 #define BLOCK 64     /* rows of a block of the cache, keys that are read together */
 #define TOGETHER 36  /* tokens that meet a row of weights while it is near */
 #define QUERIES 32   /* tokens of one head that read the cache together */
+#define NEAR 8       /* rows of weights that all tokens meet before the next are read */
 #define ROWS 16      /* at least so many rows of weights are a task */
 #define CHUNK 16384  /* or as many as have so many bytes */
 #define SPINS 2000   /* looks at the others before the processor is given away */
@@ -257,22 +258,37 @@ TILES(4)
 TILES(5)
 TILES(6)
 
-/* The rows from, ..., to - 1 of a matrix, by n <= TOGETHER tokens: y[t][row]. */
+static void by_tokens(const void *w, int bf16, int64_t width, const float *const *x, int64_t n, int64_t from, int64_t to,
+                      float *const *y) {
+    int64_t t = 0;
+    for (; t + 6 <= n; t += 6)
+        tiles_6(bf16, x + t, w, width, from, to, y + t);
+    switch (n - t) {
+    case 1: tiles_1(bf16, x + t, w, width, from, to, y + t); break;
+    case 2: tiles_2(bf16, x + t, w, width, from, to, y + t); break;
+    case 3: tiles_3(bf16, x + t, w, width, from, to, y + t); break;
+    case 4: tiles_4(bf16, x + t, w, width, from, to, y + t); break;
+    case 5: tiles_5(bf16, x + t, w, width, from, to, y + t); break;
+    }
+}
+
+/* The rows from, ..., to - 1 of a matrix, by n <= TOGETHER tokens: y[t][row]. A few rows stay near while all tokens meet
+them; in fp32 then, where more than one tile would widen them. */
 static void product(const void *w, int bf16, int64_t width, const float *const *x, int64_t n, int64_t from, int64_t to,
                     float *const *y) {
-    const int64_t some = n == 1 ? to - from : 8; /* rows that stay near while all tokens meet them */
-    for (int64_t r = from; r < to; r += some) {
-        const int64_t end = least(to, r + some);
-        int64_t t = 0;
-        for (; t + 6 <= n; t += 6)
-            tiles_6(bf16, x + t, w, width, r, end, y + t);
-        switch (n - t) {
-        case 1: tiles_1(bf16, x + t, w, width, r, end, y + t); break;
-        case 2: tiles_2(bf16, x + t, w, width, r, end, y + t); break;
-        case 3: tiles_3(bf16, x + t, w, width, r, end, y + t); break;
-        case 4: tiles_4(bf16, x + t, w, width, r, end, y + t); break;
-        case 5: tiles_5(bf16, x + t, w, width, r, end, y + t); break;
-        }
+    if (n == 1) {
+        by_tokens(w, bf16, width, x, n, from, to, y);
+        return;
+    }
+    float wide[bf16 && n > 6 ? NEAR * width : 1];
+    for (int64_t r = from; r < to; r += NEAR) {
+        const int64_t end = least(to, r + NEAR);
+        if (bf16 && n > 6) {
+            for (int64_t k = 0; k < (end - r) * width; k++)
+                wide[k] = from_half(((const uint16_t *)w)[r * width + k]);
+            by_tokens(wide - r * width, 0, width, x, n, r, end, y);
+        } else
+            by_tokens(w, bf16, width, x, n, r, end, y);
     }
 }
 
