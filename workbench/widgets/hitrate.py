@@ -43,5 +43,6 @@ def hit_rate_figure(traffic: Traffic) -> Plot:
     )  # fmt: skip
     plot.update_xaxes(type="log", tickvals=table.index.tolist(), ticktext=[f"{n:,}" for n in table.index])
     plot.update_yaxes(range=[0, 1.03], tickformat=".0%")
-    plot.update_layout(height=420, margin={"t": 90})
+    beside = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}  # seven do not fit above
+    plot.update_layout(height=420, legend=beside)
     return plot
