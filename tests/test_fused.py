@@ -99,6 +99,19 @@ def test_it_is_what_the_operations_compute(shape, format, cuts):
     assert torch.allclose(got, wanted, rtol=1e-4, atol=2e-5 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nothing_is_read_before_it_is_written(shape):
+    model = built(SHAPES[shape])
+    tokens = tokens_of(model.config, 2, 80)
+    wanted = read(model, tokens, "fp32", [66, 14], True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what is allocated is then not a number
+    try:
+        assert torch.empty(3).isnan().all()
+        assert torch.equal(read(model, tokens, "fp32", [66, 14], True), wanted)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("shape", ["odd", "whole registers", "no compressed query", "dense"])
 def test_in_bf16_it_errs_no_more_than_the_operations(shape):
     """Where no near tie of the router flips: the expert is then another, by either way."""
