@@ -14,7 +14,7 @@ from workbench.bandwidth import Measured
 
 # hit rate by share of experts that are near, Qwen3-30B with LRU slots: the highest published curve known to us
 SHARES, HITS = (0.0, 0.0625, 0.19, 0.38, 0.63, 1.0), (0.0, 0.366, 0.741, 0.894, 0.962, 1.0)
-KERNEL = 0.7  # of what memory gives: the compiled kernel multiplies by packed experts at 33 GB/s of 46, see native.py
+KERNEL = 0.5  # of what memory gives: the compiled kernel multiplies by packed experts at 33 GB/s where that is 46 to 70
 LAYER = 0.5e-3  # seconds a layer takes for what is not bytes: eager PyTorch, pocket's 2.6 ms a token in 6 layers
 
 

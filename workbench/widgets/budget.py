@@ -7,7 +7,7 @@ from pathlib import Path
 
 from workbench.bandwidth import Measured
 from workbench.config import Config
-from workbench.errors import BudgetError
+from workbench.errors import BudgetError, RequestError
 from workbench.formats import CACHE_FORMATS, cache_format
 from workbench.pack import Pack
 from workbench.plan import Plan
@@ -85,12 +85,14 @@ class BudgetSlider(View):
     ) -> Plan:
         """Changes what is given and keeps the rest. BudgetError where it does not fit: what was chosen stays chosen, as
         the next choice may make it fit, and the plan before stays too. RequestError, and no change, for what there is
-        not.
+        not. A context is at most the model's.
         """
+        if vram is not None and self.wanted["vram"] is None:
+            raise RequestError("there is only main memory here: make a BudgetSlider with `vram` to plan for two kinds.")
         given = {
             "vram": vram and parse_bytes(vram),
             "ram": ram and parse_bytes(ram),
-            "context": context,
+            "context": context and min(context, self.config.max_position_embeddings),
             "cache": cache and cache_format(cache).name,
             "recipe": recipe and Recipe.named(recipe).name,
         }
@@ -150,7 +152,7 @@ class BudgetSlider(View):
     def _obey(self, message: dict) -> None:
         try:
             match message:
-                case {"kind": "choose", "vram": int(size)} if self.wanted["vram"] is not None:
+                case {"kind": "choose", "vram": int(size)}:
                     self.choose(vram=size)
                 case {"kind": "choose", "ram": int(size)}:
                     self.choose(ram=size)
