@@ -71,9 +71,7 @@ typedef struct {
     int64_t cache_bf16, most; /* type of the rows; blocks of the longest sequence */
     void *const *pool;        /* [layers] rows [any, W] */
     const int64_t *table;     /* [B, most] where block by block a sequence is */
-    int64_t write;            /* whether new rows are put there, by this call */
     float *x;                 /* [N, D] embedded tokens; in the end the residual stream */
-    float *rows;              /* [N, W] the new rows of the layer that was projected last */
     int64_t *ids;             /* [MoE layers, N, K] */
     float *gates, *scores;    /* [MoE layers, N, K] and [MoE layers, N, K + 1] */
     int64_t every;            /* logits of all tokens, else of the last of each sequence */
@@ -81,7 +79,7 @@ typedef struct {
 } Pass;
 
 typedef struct { /* of a pass, see `fused_room` */
-    float *normed, *down, *query, *z, *added, *inner, *probs, *one, *outputs, *mine;
+    float *normed, *down, *query, *row, *z, *added, *inner, *probs, *one, *outputs, *mine;
     int64_t *order, *first, private;
 } Room;
 
@@ -572,16 +570,14 @@ ALWAYS void *row_of(const Net *net, const Pass *pass, int64_t layer, int64_t b, 
     return (char *)pass->pool[layer] + row * width * (pass->cache_bf16 ? 2 : 4);
 }
 
-/* Normed latent and turned key of token i of sequence b, kept in pass->rows and put into the cache. */
+/* Normed latent and turned key of token i, put into the cache. */
 static void keep(const Net *net, const Layer *l, const Pass *pass, const Room *room, int64_t layer, int64_t i) {
     const int64_t b = i / pass->new, at = pass->before[b] + i % pass->new, width = net->latent + net->rope;
     const float *from = room->down + i * l->down.rows + l->down.rows - width;
-    float *row = pass->rows + i * width;
+    float *row = room->row + i * width;
     norm(from, l->kv_norm, net->latent, net->eps, net->bf16, row);
     memcpy(row + net->latent, from + net->latent, 4 * net->rope);
     turn(row + net->latent, pass->rotations + i * net->rope, net->rope, net->bf16);
-    if (!pass->write)
-        return;
     void *to = row_of(net, pass, layer, b, at / BLOCK);
     for (int64_t k = 0; k < width; k++)
         if (pass->cache_bf16)
@@ -961,6 +957,7 @@ static int64_t arrange(const Net *net, int64_t n, int threads, float *at, Room *
     PART(normed, n * net->hidden);
     PART(down, n * down);
     PART(query, n * query);
+    PART(row, n * W);
     PART(z, n * net->heads * net->value);
     PART(added, n * net->hidden);
     PART(inner, n * inner);
@@ -980,21 +977,17 @@ int64_t fused_room(const Net *net, int64_t tokens, int threads) {
     return arrange(net, tokens, threads, NULL, &room);
 }
 
-/* Stages from, ..., to - 1 of a pass: 2 l projects layer l, after which its new rows must be in the cache, 2 l + 1 is
-the rest of it, and 2 layers are the logits. `at`: as many floats as `fused_room` says. */
-void fused_pass(const Net *net, const Pass *pass, float *at, int64_t from, int64_t to, int threads) {
+/* `at`: as many floats as `fused_room` says. */
+void fused_pass(const Net *net, const Pass *pass, float *at, int threads) {
     Run run = {.net = net, .pass = pass, .tokens = pass->sequences * pass->new, .threads = least(threads, THREADS)};
     arrange(net, run.tokens, threads, at, &run.room);
     const int shared = enter(&run);
     for (run.layer = 0; run.layer < net->layers; run.layer++) {
-        if (from <= 2 * run.layer && 2 * run.layer < to)
-            project(&run, shared);
-        if (from <= 2 * run.layer + 1 && 2 * run.layer + 1 < to)
-            rest(&run, shared);
+        project(&run, shared);
+        rest(&run, shared);
         run.mixture += net->layer[run.layer].router.at != NULL;
     }
-    if (from <= 2 * net->layers && 2 * net->layers < to)
-        unembed(&run, shared);
+    unembed(&run, shared);
     if (shared)
         pthread_mutex_unlock(&pool.mine);
 }

@@ -223,6 +223,19 @@ def test_weights_that_change_or_move_are_the_ones_that_count():
         assert model.explain() == "weights do not lie in a row" and torch.allclose(model(tokens), first, atol=1e-4)
 
 
+def test_defaults_of_torch_make_no_difference():
+    model = built(SMALL)
+    tokens = tokens_of(SMALL, 2, 40)
+    wanted = model(tokens)
+    before = torch.get_default_dtype()
+    try:
+        for default in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(default)
+            assert torch.equal(model(tokens), wanted)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_an_engine_says_the_same(tokenizer):
     config = replace(SMALL, vocab_size=600, eos_token_id=tokenizer.eos, bos_token_id=tokenizer.bos)
     model = built(config)

@@ -52,8 +52,7 @@ class _Pass(ctypes.Structure):
         ("most", c_int64),
         ("pool", c_void_p),
         ("table", c_void_p),
-        ("write", c_int64),
-        *((name, c_void_p) for name in ("x", "rows", "ids", "gates", "scores")),
+        *((name, c_void_p) for name in ("x", "ids", "gates", "scores")),
         ("every", c_int64),
         ("logits", c_void_p),
     ]
@@ -66,7 +65,7 @@ def _opened() -> tuple[ctypes.CDLL | None, str | None]:
     except MissingError as error:
         return None, str(error)
     found.fused_room.argtypes, found.fused_room.restype = (c_void_p, c_int64, c_int), c_int64
-    found.fused_pass.argtypes, found.fused_pass.restype = (c_void_p,) * 3 + (c_int64, c_int64, c_int), None
+    found.fused_pass.argtypes, found.fused_pass.restype = (c_void_p, c_void_p, c_void_p, c_int), None
     return found, None
 
 
@@ -145,15 +144,15 @@ class Fused:
         found, threads, net = _opened()[0], torch.get_num_threads(), self._net
         batch, new, _ = x.shape
         shape = (len(self.mixtures), batch, new, net.chosen)
-        ids, gates = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-        scores = torch.empty(*shape[:-1], net.chosen + 1)
-        logits = torch.empty(batch, new if every else 1, net.head.rows)
-        rows = torch.empty(batch * new, net.latent + net.rope)
+        ids, gates = torch.empty(shape, dtype=torch.int64, device="cpu"), _floats(*shape)
+        scores = _floats(*shape[:-1], net.chosen + 1)
+        logits = _floats(batch, new if every else 1, net.head.rows)
         x, turns = x.float().contiguous(), torch.view_as_real(rotations).contiguous()
         if cache is None:
-            layer = torch.empty(batch * -(-new // BLOCK) * BLOCK, rows.shape[1])  # one for all: no pass comes after
+            each = -(-new // BLOCK)
+            layer = _floats(batch * each * BLOCK, net.latent + net.rope)  # one for all: no pass comes after
             pools, before = [layer] * net.layers, [0] * batch
-            tables = torch.arange(len(layer) // BLOCK).view(batch, -1).tolist()
+            tables = [list(range(first, first + each)) for first in range(0, batch * each, each)]
         else:
             pools, before = [parts[0] for parts in cache.pool.layers], cache.lengths
             tables = [sequence.table for sequence in cache.sequences]
@@ -163,14 +162,18 @@ class Fused:
         table = (c_int64 * (batch * most))(*(block for one in tables for block in one + [0] * (most - len(one))))
         asked = _Pass(
             batch, new, ctypes.addressof(lengths), turns.data_ptr(), TYPES[pools[0].dtype], most,
-            ctypes.addressof(places), ctypes.addressof(table), True, x.data_ptr(), rows.data_ptr(), ids.data_ptr(),
+            ctypes.addressof(places), ctypes.addressof(table), x.data_ptr(), ids.data_ptr(),
             gates.data_ptr(), scores.data_ptr(), every, logits.data_ptr(),
         )  # fmt: skip
-        room = torch.empty(found.fused_room(ctypes.byref(net), batch * new, threads))
-        found.fused_pass(ctypes.byref(net), ctypes.byref(asked), room.data_ptr(), 0, 2 * net.layers + 1, threads)
+        room = _floats(found.fused_room(ctypes.byref(net), batch * new, threads))
+        found.fused_pass(ctypes.byref(net), ctypes.byref(asked), room.data_ptr(), threads)
         for layer, *routing in zip(self.mixtures, ids.unbind(), gates.unbind(), scores.unbind()):
             probe.at(layer).routed(*routing)
         return logits
+
+
+def _floats(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever a user has made the default
 
 
 def refusal(model: nn.Module, cache: LatentCache | None, probe: Probe) -> str | None:
@@ -179,7 +182,7 @@ def refusal(model: nn.Module, cache: LatentCache | None, probe: Probe) -> str | 
         return "a gradient is asked for"
     if not isinstance(probe, Silent):
         return "a probe looks inside or changes something"
-    if cache is not None and not isinstance(cache.pool.format, Plain):
+    if cache is not None and not (isinstance(cache.pool.format, Plain) and cache.pool.format.dtype in TYPES):
         return f"the cache is packed ({cache.format})"
     return None
 

@@ -57,10 +57,8 @@ def stack(view, name):
 @pytest.mark.parametrize(
     ("label", "keys", "choice"),
     [
-        ("VRAM, GiB", ["ArrowRight"], {"vram": "20GiB"}),
         ("VRAM, GiB", ["ArrowRight", "ArrowRight", "ArrowLeft"], {"vram": "20GiB"}),
         ("Main memory, GiB", ["ArrowLeft", "ArrowLeft"], {"ram": "64GiB"}),
-        ("Context, tokens", ["ArrowLeft"], {"context": 4096}),
         ("Context, tokens", ["End"], {"context": 163_840}),
     ],
 )
@@ -85,7 +83,8 @@ def test_bars_and_tiles_are_the_plan(view):
     free = plan.vram - sum(parts.values())
     assert shares == pytest.approx([size / plan.vram for size in (*parts.values(), free)], abs=0.003)
     words, shares = stack(view, "main memory")
-    assert "expert slots (host)" in words and shares[1] == pytest.approx(plan.host["expert slots (host)"] / plan.ram)
+    assert "expert slots (host)" in words
+    assert shares[1] == pytest.approx(plan.host["expert slots (host)"] / plan.ram, abs=0.003)
     words, shares = stack(view, "disk")
     assert words.startswith("disk: residents ") and "free" not in words and sum(shares) == pytest.approx(1)
     room = plan.context_capacity()
@@ -99,7 +98,7 @@ def test_what_does_not_fit_is_told_and_the_last_plan_is_left_pale(view):
     alert = view.page.get_by_role("alert")
     assert view.widget.error in alert.inner_text() and "is the least that works" in alert.inner_text()
     assert "last plan that fitted" in alert.inner_text() and tiles(view) == before
-    pale = "() => Number(getComputedStyle(document.querySelector('.wbb-plan')).opacity)"
+    pale = "() => Number(getComputedStyle(document.querySelector('.wbm-stack')).opacity)"
     assert view.page.evaluate(pale) < 1
     press(view, "End")
     assert not alert.is_visible() and view.page.evaluate(pale) == 1
@@ -133,16 +132,13 @@ def test_formats_and_weights_are_chosen_and_exact_numbers_typed(view):
     assert number.input_value() == "17.5" and len(view.sent("choose")) == 3, "no size, no question"
 
 
-def test_a_wrong_context_is_a_notice_and_the_plan_stays(view):
-    before, number = view.widget.plan, view.page.get_by_label("Context, tokens, exactly")
-    number.fill("1000000")
-    number.press("Tab")
-    view.settle()
-    assert view.widget.plan.context == 163_840 and number.input_value() == "163840"
-    number.fill("0")
-    number.press("Tab")
-    view.settle()
-    assert number.input_value() == "163840" and view.widget.plan is not before
+def test_a_context_that_there_is_not_is_put_right(view):
+    number = view.page.get_by_label("Context, tokens, exactly")
+    for typed, context in (("1000000", 163_840), ("0", 163_840), ("12345", 12_345)):
+        number.fill(typed)
+        number.press("Tab")
+        view.settle()
+        assert view.widget.plan.context == context and number.input_value() == str(context)
 
 
 def test_without_a_device_there_is_one_slider_of_memory_and_one_bar(opened):

@@ -1,9 +1,10 @@
-"""The budget slider says what the plan says, for whatever is chosen, and loses no plan to a choice that does not fit."""
+"""The budget slider says what the plan says, for whatever is chosen; what does not fit costs no plan."""
 
 import json
 import re
 
 import packs
+import psutil
 import pytest
 
 from workbench.bandwidth import Measured, Rate
@@ -16,8 +17,8 @@ from workbench.widgets.budget import BudgetSlider
 POCKET = Config.preset("pocket")
 FIELDS = dict.fromkeys(("past_cache", "file_system", "when", "cpu", "device", "torch", "package"), "")
 RATES = Measured(
-    (Rate(2, 20e9),), (Rate(4, 3e9),), Rate(1, 25e9), Rate(1, 900e9), block=0, file=0, load=0.0, cores=0, threads=0,
-    **FIELDS,
+    (Rate(2, (20e9,)),), (Rate(4, (3e9,)),), Rate(1, (25e9,)), Rate(1, (900e9,)), block=0, file=0, load=0.0, cores=0,
+    threads=0, **FIELDS,
 )  # fmt: skip
 
 
@@ -59,6 +60,7 @@ CHOICES = {"vram": "24GiB", "context": 32_768, "cache": "bf16", "recipe": "int3"
 
 def test_the_plan_is_that_of_what_is_chosen_and_each_choice_keeps_the_others(slider):
     assert slider.plan == planned(slider)
+    assert slider.plan.process == pytest.approx(psutil.Process().memory_info().rss, rel=0.3), "this one's"
     chosen = {}
     for name, value in CHOICES.items():
         chosen[name] = value
@@ -83,7 +85,7 @@ def test_a_page_is_told_the_plan(slider):
     for name, all in (("vram", sum(plan.fixed.values())), ("ram", 0)):
         stops = shown["facts"]["stops"][name]
         assert stops == sorted(set(stops)) and stops[-1] >= all + 9440 * plan.block > stops[0]
-    assert json.loads(json.dumps(slider.told)) == slider.told
+    json.dumps(slider.told)
 
 
 @pytest.mark.parametrize(("name", "too_little"), [("vram", "8GiB"), ("ram", 2 << 20)])
@@ -108,27 +110,24 @@ def test_a_second_choice_may_make_the_first_one_fit(slider):
     assert slider.choose(cache="int4") == planned(slider, context=163_840, cache="int4")
 
 
-@pytest.mark.parametrize(
-    ("choice", "said"),
-    [
-        ({"cache": "q7"}, "no cache format"),
-        ({"recipe": "int4,"}, "recipe|rule|codec"),
-        ({"vram": "much"}, "no size of memory"),
-        ({"ram": -1}, "no size of memory"),
-        ({"context": 0}, "at least 1"),
-    ],
-)
-def test_what_there_is_not_changes_nothing(slider, choice, said):
+WRONG = [
+    ({"cache": "q7"}, "no cache format"),
+    ({"recipe": "int4,"}, "recipe|rule|codec"),
+    ({"vram": "much"}, "no size of memory"),
+    ({"ram": -1}, "no size of memory"),
+    ({"context": 0}, "at least 1"),
+]
+
+
+def test_what_there_is_not_changes_nothing(slider):
     before, wanted = slider.plan, slider.wanted
-    with pytest.raises(RequestError, match=said):
-        slider.choose(**choice)
-    slider._handle_custom_msg({"kind": "choose", "view": "v"} | choice, [])
-    assert slider.plan is before and slider.wanted == wanted
+    for choice, said in WRONG:
+        with pytest.raises(RequestError, match=said):
+            slider.choose(**choice)
+        slider._handle_custom_msg({"kind": "choose", "view": "v"} | choice, [])
+        assert slider.plan is before and slider.wanted == wanted
     assert not {message["kind"] for message in slider.told} & {"result", "show"}
-
-
-def test_a_context_is_at_most_the_models(slider):
-    assert slider.choose(context=10**9).context == slider.wanted["context"] == 163_840
+    assert slider.choose(context=10**9).context == slider.wanted["context"] == 163_840, "at most the model's"
 
 
 def test_a_page_chooses_with_the_same_words(slider):
@@ -168,10 +167,13 @@ def test_main_memory_may_be_all_there_is(made):
 
 
 def test_a_part_of_main_memory_may_stand_in_for_a_device(made):
-    slider = made(POCKET, device="cpu", vram="64MiB", ram="1GiB")
+    slider = made(POCKET, device="cpu", vram="32MiB", ram="1GiB")
     slider._snapshot("v")
     assert slider.told[-1]["facts"]["near"] == "main memory in place of VRAM"
-    assert slider.plan.staged and 0 < slider.plan.slots < slider.plan.experts
+    with pytest.raises(BudgetError) as error:
+        slider.choose(vram="1MiB")
+    assert 12 <= slider.choose(vram=least(str(error.value)) + 9 * slider.plan.block).slots < 20
+    assert slider.plan.far == 160 and dict(slider.told[-1]["plan"]["host"])["expert slots (host)"] > 0
 
 
 def test_a_model_without_experts_has_a_plan_too(made):

@@ -8,7 +8,7 @@ const GLOWS = 8; // passes until nothing is left
 const SIDE = { left: 58, right: 14, top: 22, bottom: 4 };
 const TONES = {
   light: { near: [66, 146, 198], far: [178, 209, 232], disk: [236, 239, 242], moving: [230, 159, 0], glow: [8, 30, 70] },
-  dark: { near: [42, 112, 168], far: [30, 62, 92], disk: [36, 38, 41], moving: [230, 159, 0], glow: [232, 246, 255] },
+  dark: { near: [42, 112, 168], far: [34, 76, 114], disk: [36, 38, 41], moving: [230, 159, 0], glow: [232, 246, 255] },
 };
 
 const mixed = (from, to, share) => `rgb(${from.map((part, n) => Math.round(part + (to[n] - part) * share)).join(" ")})`;
