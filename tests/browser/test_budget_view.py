@@ -142,7 +142,7 @@ def test_a_context_that_there_is_not_is_put_right(view):
 
 
 def test_without_a_device_there_is_one_slider_of_memory_and_one_bar(opened):
-    view = opened("pocket", device="cpu", ram="1GiB")
+    view = opened("pocket", device="cpu", ram="64GiB")
     names = view.page.get_by_role("slider").evaluate_all("(all) => all.map((one) => one.labels[0].innerText)")
     assert names == ["Main memory, GiB", "Context, tokens"]
     assert view.page.locator(".wbm-part h4").all_inner_texts()[0].startswith("Main memory")

@@ -146,18 +146,18 @@ def test_a_page_chooses_with_the_same_words(slider):
 def test_a_packed_checkpoint_keeps_its_recipe(made, tmp_path):
     recipe = "int6,*.o_proj.weight=bf16"
     folder = pack(packs.plain(tmp_path / "plain", packs.CASES["v2"]), tmp_path / "packed", recipe).path
-    slider = made(folder, device="cpu", ram="4GiB")
-    assert slider.plan == Plan.of(folder, device="cpu", ram="4GiB", process=slider.plan.process)
+    slider = made(folder, device="cpu", ram="64GiB")
+    assert slider.plan == Plan.of(folder, device="cpu", ram="64GiB", process=slider.plan.process)
     assert slider.plan.recipe.name == recipe
     slider._snapshot("v")
     assert slider.told[-1]["facts"]["recipes"] == [recipe], "there is nothing to choose"
-    assert slider.choose(ram="2GiB").recipe.name == recipe
+    assert slider.choose(ram="32GiB").recipe.name == recipe
     with pytest.raises(RequestError, match="packed already"):
         made(folder, "int4", device="cpu")
 
 
 def test_main_memory_may_be_all_there_is(made):
-    slider = made(POCKET, device="cpu", ram="1GiB")
+    slider = made(POCKET, device="cpu", ram="64GiB")
     slider._snapshot("v")
     assert list(slider.told[-1]["facts"]["stops"]) == ["ram"] and slider.told[-1]["wanted"]["vram"] is None
     assert slider.wanted["cache"] == "fp32" and slider.plan.whole and not slider.told[-1]["plan"]["host"]
@@ -167,7 +167,7 @@ def test_main_memory_may_be_all_there_is(made):
 
 
 def test_a_part_of_main_memory_may_stand_in_for_a_device(made):
-    slider = made(POCKET, device="cpu", vram="32MiB", ram="1GiB")
+    slider = made(POCKET, device="cpu", vram="32MiB", ram="64GiB")
     slider._snapshot("v")
     assert slider.told[-1]["facts"]["near"] == "main memory in place of VRAM"
     with pytest.raises(BudgetError) as error:
@@ -177,7 +177,7 @@ def test_a_part_of_main_memory_may_stand_in_for_a_device(made):
 
 
 def test_a_model_without_experts_has_a_plan_too(made):
-    slider = made(packs.CASES["dense"], device="cpu", ram="4GiB")
+    slider = made(packs.CASES["dense"], device="cpu", ram="64GiB")
     slider._snapshot("v")
     assert slider.plan.experts == 0 and slider.plan.near == slider.plan.fixed | {"expert slots": 0}
     assert "0 of 0 experts" in repr(slider) and "text/html" in slider._repr_mimebundle_()
