@@ -20,11 +20,14 @@ pytestmark = pytest.mark.browser
 
 POCKET = (ROOT / "workbench" / "pocket" / "config.json").exists()
 BENCH = "wb.load('pocket')" if POCKET else "slow_bench()"
+SLOWLY = "bench.model.fuse = False" if POCKET else "pass"  # or a reply is over before it can be stopped
 HURRY = "pass" if POCKET else "panel.conversation.bench.engine.gate.seconds = 0.001"
 # so hot that pocket rambles on and there is something to stop
 SETUP = f"""import workbench as wb
 from browser.slow_bench import slow_bench
-panel = wb.chat({BENCH}, sampling=wb.Sampling(temperature=50.0, top_p=1.0, max_tokens=1800))
+bench = {BENCH}
+{SLOWLY}
+panel = wb.chat(bench, sampling=wb.Sampling(temperature=50.0, top_p=1.0, max_tokens=1800))
 panel"""
 CALM = f"panel.sampling = wb.Sampling(max_tokens=600, seed=1); panel.clear(); {HURRY}"
 
