@@ -210,6 +210,15 @@ def test_it_says_when_and_why_it_is_not_fused(monkeypatch):
     assert built(SMALL)(tokens).isfinite().all()
 
 
+class Twice(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
 def test_weights_that_change_or_move_are_the_ones_that_count():
     model = built(SMALL)
     tokens = tokens_of(SMALL, 1, 20)
@@ -219,6 +228,15 @@ def test_weights_that_change_or_move_are_the_ones_that_count():
         second = model(tokens)
         model.blocks[1].attention.out.data = model.blocks[1].attention.out * 2
         assert torch.equal(model(tokens), first) and not torch.allclose(second, first)
+        # not only its data: the parameter itself, and a module around others
+        model.blocks[1].attention.out = torch.nn.Parameter(model.blocks[1].attention.out * 0.5)
+        assert model.explain() is None and torch.equal(model(tokens), second)
+        model.blocks[1].attention.out.mul_(2)
+        shared = model.blocks[1].mlp.shared
+        model.blocks[1].mlp.shared = Twice(shared)
+        assert "own" in model.explain() and not torch.allclose(model(tokens), first)
+        model.blocks[1].mlp.shared, model._fused = shared, None
+        assert model.explain() is None and torch.equal(model(tokens), first)
         model.norm.data = model.norm.data.repeat_interleave(2)[::2]
         assert model.explain() == "weights do not lie in a row" and torch.allclose(model(tokens), first, atol=1e-4)
 

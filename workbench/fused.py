@@ -78,7 +78,6 @@ class Fused:
     """The weights of one model as the library wants them. `model` is a model.Model; nothing of it is copied."""
 
     def __init__(self, model: nn.Module):
-        self.tensors: list[torch.Tensor] = []
         config, blocks = model.config, model.blocks
         self._layers = (_Layer * len(blocks))(*(self._layer(config, block, model.store) for block in blocks))
         limited = config.topk_method == "group_limited_greedy"
@@ -87,10 +86,13 @@ class Fused:
             config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank, config.n_routed_experts or 0,
             config.num_experts_per_tok or 0, config.n_group if limited else 0, config.topk_group if limited else 0,
             config.norm_topk_prob, config.rms_norm_eps, blocks[0].attention.scale, config.routed_scaling_factor,
-            self._layers, self._at(model.norm), self._weight(model.head),
+            self._layers, model.norm.data_ptr(), _weight(model.head),
         )  # fmt: skip
         self.mixtures = [block.layer for block in blocks if config.is_moe(block.layer)]
-        self._hooks = [hooks for one in model.modules() for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        # the dictionaries themselves: what is put into them later is seen. Held, so that no id is given twice
+        self._modules = modules = list(model.modules())
+        self._hooks = [hooks for one in modules for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+        self._weights, self._children = [one._parameters for one in modules], [one._modules for one in modules]
         self._seen = self._places()
 
     def _layer(self, config: Config, block: nn.Module, store: Resident) -> _Layer:
@@ -99,34 +101,28 @@ class Fused:
         compressed = config.q_lora_rank is not None
         experts = store.bank(block.layer) if moe else None
         return _Layer(
-            self._at(block.attention_norm),
-            self._at(attention.q_norm) if compressed else None,
-            self._at(attention.kv_norm),
-            self._at(block.mlp_norm),
-            self._weight(attention.down),
-            self._weight(attention.q_up) if compressed else _Weight(),
-            self._weight(attention.kv_up),
-            self._weight(attention.out),
-            self._weight(mlp.router) if moe else _Weight(),
-            self._weight(dense.gate_up) if dense else _Weight(),
-            self._weight(dense.down) if dense else _Weight(),
-            self._weight(experts.gate_up) if experts else _Weight(),
-            self._weight(experts.down) if experts else _Weight(),
+            block.attention_norm.data_ptr(),
+            attention.q_norm.data_ptr() if compressed else None,
+            attention.kv_norm.data_ptr(),
+            block.mlp_norm.data_ptr(),
+            _weight(attention.down),
+            _weight(attention.q_up) if compressed else _Weight(),
+            _weight(attention.kv_up),
+            _weight(attention.out),
+            _weight(mlp.router) if moe else _Weight(),
+            _weight(dense.gate_up) if dense else _Weight(),
+            _weight(dense.down) if dense else _Weight(),
+            _weight(experts.gate_up) if experts else _Weight(),
+            _weight(experts.down) if experts else _Weight(),
         )
 
-    def _at(self, tensor: torch.Tensor) -> int:
-        self.tensors.append(tensor)
-        return tensor.data_ptr()
-
-    def _weight(self, tensor: torch.Tensor) -> _Weight:
-        return _Weight(self._at(tensor), tensor.shape[:-1].numel(), tensor.shape[-1])
-
     def _places(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self.tensors]
+        weights = [weight.data_ptr() for held in self._weights for weight in held.values()]
+        return weights + [id(child) for held in self._children for child in held.values()]
 
     @property
     def current(self) -> bool:
-        """Whether the weights are where they were: `tensor.data = ...` moves one."""
+        """Whether the weights are where they were, in the modules that there were: any may be moved or replaced."""
         return self._places() == self._seen
 
     @property
@@ -172,6 +168,10 @@ class Fused:
         return logits
 
 
+def _weight(tensor: torch.Tensor) -> _Weight:
+    return _Weight(tensor.data_ptr(), tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
 def _floats(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever a user has made the default
 
@@ -193,6 +193,8 @@ def unfit(model: nn.Module) -> str | None:
         return f"the model is on {model.device.type}"
     if not isinstance(model.store, Resident) or model.store.packed:
         return "experts are packed, or come from elsewhere"
+    if any(type(module).__module__.split(".")[0] not in ("workbench", "torch") for module in model.modules()):
+        return "a module is not the workbench's own"
     weights = [*model.parameters(), model.norm, model.head]
     if any(not isinstance(weight, torch.Tensor) or weight.dtype != model.dtype for weight in weights):
         return "weights are packed"
