@@ -1,4 +1,4 @@
-/* One forward pass of a model with plain weights, on the processor. `workbench/native.py` compiles this file,
+/* One forward pass of a model with plain weights, on the processor. `workbench/compiled.py` compiles this file,
 `workbench/fused.py` calls it; what is computed is `Model.forward` of `workbench/model.py`, always in the absorbed form.
 
 A small model spends its time between operations: pocket's weights pass through a core in a tenth of the time that
@@ -21,11 +21,12 @@ chosen, I expert width. */
 #include <string.h>
 #include <time.h>
 
+#include "numbers.h"
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
-#define ALWAYS static inline __attribute__((always_inline))
 #define BLOCK 64     /* rows of a block of the cache, keys that are read together */
 #define TOGETHER 36  /* tokens that meet a row of weights while it is near */
 #define QUERIES 32   /* tokens of one head that read the cache together */
@@ -83,9 +84,7 @@ typedef struct { /* of a pass, see `fused_room` */
     int64_t *order, *first, private;
 } Room;
 
-ALWAYS int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 ALWAYS int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
-ALWAYS int64_t upto(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 /* ---- numbers ---- */
 
@@ -173,22 +172,6 @@ ALWAYS Lanes larger(Lanes a, Lanes b) {
 }
 
 ALWAYS Lanes all(float value) { return value - (Lanes){0}; }
-
-/* e^x, within 2e-7 of it for x from -87 to 88 and held there outside */
-ALWAYS float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float whole = rintf(x * 1.44269504f), rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    float sum = 1.9875691e-4f;
-    sum = sum * rest + 1.3981999e-3f;
-    sum = sum * rest + 8.3334519e-3f;
-    sum = sum * rest + 4.1665796e-2f;
-    sum = sum * rest + 1.6666665e-1f;
-    sum = sum * rest + 5.0000001e-1f;
-    uint32_t power = (uint32_t)((int32_t)whole + 127) << 23;
-    float scale;
-    memcpy(&scale, &power, 4);
-    return (sum * rest * rest + rest + 1.0f) * scale;
-}
 
 /* ---- products ---- */
 

@@ -1,4 +1,5 @@
-/* Products with matrices of packed weights, on the processor. `workbench/native.py` compiles and calls this file.
+/* Products with matrices of packed weights, on the processor. `workbench/compiled.py` compiles this file,
+`workbench/native.py` calls it.
 
 A row of a matrix is stored by a codec of `workbench/codec.py`: codes of `bits` bits, a stream that begins with the
 lowest bit; perhaps one part scale of 8 bits for each `group` of codes (part is NULL where there is none); one fp16
@@ -19,6 +20,8 @@ A row is summed in one order whatever the number of threads. Functions return 0,
 #include <stdlib.h>
 #include <string.h>
 
+#include "numbers.h"
+
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "codes are read as little-endian words"
 #endif
@@ -31,7 +34,6 @@ A row is summed in one order whatever the number of threads. Functions return 0,
 #define VNNI 0
 #endif
 
-#define ALWAYS static inline __attribute__((always_inline))
 #define GROUP 64     /* activations that share a scale, and the group of codes that VNNI multiplies */
 #define BLOCK 1024   /* activations are padded to blocks of 16 groups, whose scales fill a register */
 #define PIECE 512    /* codes that are unpacked at once */
@@ -51,8 +53,6 @@ typedef struct { /* tokens of a width, quantised for a number of bits */
     float *scale, *shift; /* padded / GROUP each; shift is -most * scale * sum of q */
 } Inputs;
 
-ALWAYS int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-ALWAYS int64_t upto(int64_t count, int64_t size) { return (count + size - 1) / size; }
 ALWAYS int64_t row_bytes(const Matrix *m) { return upto(m->width * m->bits, 8); }
 ALWAYS int64_t row_groups(const Matrix *m) { return upto(m->width, m->group); }
 ALWAYS int64_t chunk_rows(const Matrix *m) { return 1 + CHUNK / row_bytes(m); }
@@ -70,22 +70,6 @@ ALWAYS float half(uint16_t bits) {
         value = bits & 1023 ? NAN : INFINITY;
     return sign ? -value : value;
 #endif
-}
-
-/* e^x, within 2e-7 of it for x from -87 to 88 and held there outside: a form that compilers vectorise */
-ALWAYS float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float whole = rintf(x * 1.44269504f), rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    float sum = 1.9875691e-4f;
-    sum = sum * rest + 1.3981999e-3f;
-    sum = sum * rest + 8.3334519e-3f;
-    sum = sum * rest + 4.1665796e-2f;
-    sum = sum * rest + 1.6666665e-1f;
-    sum = sum * rest + 5.0000001e-1f;
-    uint32_t power = (uint32_t)((int32_t)whole + 127) << 23;
-    float scale;
-    memcpy(&scale, &power, 4);
-    return (sum * rest * rest + rest + 1.0f) * scale;
 }
 
 /* ---- unpacking ---- */

@@ -51,7 +51,8 @@ def _built(name: str, flags: tuple[str, ...]) -> Path:
 def _library(compiler: list[str], source: Path, flags: tuple[str, ...]) -> Path:
     """Where the library is, compiled now if it was not before for this source, compiler, processor and flags."""
     version = _run([*compiler, "--version"])
-    key = "\n".join([source.read_text(encoding="utf-8"), version, *flags, *sorted(cpu_flags())])
+    texts = [file.read_text(encoding="utf-8") for file in (source, *sorted(source.parent.glob("*.h")))]
+    key = "\n".join([*texts, version, *flags, *sorted(cpu_flags())])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-workbench"
     path = home / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if path.is_file() and _is_whole(path.read_bytes()):
