@@ -16,7 +16,7 @@ from workbench.formats import cache_format
 from workbench.model import Model
 from workbench.opening import Size, open_model
 from workbench.pack import Pack
-from workbench.plan import Plan
+from workbench.plan import DTYPES, Plan
 from workbench.recipe import Recipe
 from workbench.sampling import Sampling
 from workbench.tokenizer import Tokenizer
@@ -25,7 +25,6 @@ from workbench.traffic import Traffic
 
 POCKET = Path(__file__).parent / "pocket"
 CONTEXT = 8192  # tokens there is room for under a budget, where nothing is said
-DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
 
 class Workbench:

@@ -1,6 +1,7 @@
 """A browser for the tests, or a skip that says what is missing."""
 
 import pytest
+from browser.alone import Alone
 from browser.lab import CHROMIUM, browsing
 
 
@@ -17,3 +18,19 @@ def playwright():
 def page(playwright, tmp_path_factory):
     with browsing(playwright, tmp_path_factory.mktemp("browser")) as (page, _):
         yield page
+
+
+@pytest.fixture
+def opened(page, monkeypatch):
+    """opened(widget) shows it alone in the page, and closes it in the end."""
+    made = []
+
+    def show(widget):
+        made.append(widget)
+        view = Alone(page, widget, monkeypatch)
+        view.settle()
+        return view
+
+    yield show
+    for widget in made:
+        widget.close()

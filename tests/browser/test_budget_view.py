@@ -1,7 +1,6 @@
 """The browser half of the budget slider, alone in a page: its sliders and the keyboard lead to the plan of `choose`."""
 
 import pytest
-from browser.alone import Alone
 
 from workbench.config import Config
 from workbench.plan import Plan
@@ -11,23 +10,8 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.fixture
-def opened(page, monkeypatch):
-    made = []
-
-    def show(*what, **limits):
-        made.append(BudgetSlider(*what, **limits))
-        view = Alone(page, made[-1], monkeypatch)
-        view.settle()
-        return view
-
-    yield show
-    for widget in made:
-        widget.close()
-
-
-@pytest.fixture
 def view(opened):
-    return opened("v2", vram="16GiB", ram="96GiB", cache="q6")
+    return opened(BudgetSlider("v2", vram="16GiB", ram="96GiB", cache="q6"))
 
 
 def press(view, *keys):
@@ -142,7 +126,7 @@ def test_a_context_that_there_is_not_is_put_right(view):
 
 
 def test_without_a_device_there_is_one_slider_of_memory_and_one_bar(opened):
-    view = opened("pocket", device="cpu", ram="64GiB")
+    view = opened(BudgetSlider("pocket", device="cpu", ram="64GiB"))
     names = view.page.get_by_role("slider").evaluate_all("(all) => all.map((one) => one.labels[0].innerText)")
     assert names == ["Main memory, GiB", "Context, tokens"]
     assert view.page.locator(".wbm-part h4").all_inner_texts()[0].startswith("Main memory")
@@ -151,7 +135,7 @@ def test_without_a_device_there_is_one_slider_of_memory_and_one_bar(opened):
 
 
 def test_before_anything_fitted_there_is_only_what_would(opened):
-    view = opened("v2", vram="2GiB", ram="96GiB")
+    view = opened(BudgetSlider("v2", vram="2GiB", ram="96GiB"))
     alert = view.page.get_by_role("alert")
     assert alert.inner_text() == view.widget.error and not view.page.locator(".wbb-plan").is_visible()
     view.page.get_by_role("slider", name="VRAM, GiB", exact=True).focus()

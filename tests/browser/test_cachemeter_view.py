@@ -1,7 +1,6 @@
 """The browser half of the memory widgets, alone in a page: what they draw, what they ask for, and the keyboard."""
 
 import pytest
-from browser.alone import Alone
 
 import workbench as wb
 from workbench.meter import Meter
@@ -22,21 +21,6 @@ def bench():
 def sampler(bench):
     """One that does not run by itself: a page shows what the test made."""
     return Sampler(Meter(bench))
-
-
-@pytest.fixture
-def opened(page, monkeypatch):
-    made = []
-
-    def show(widget):
-        made.append(widget)
-        view = Alone(page, widget, monkeypatch)
-        view.settle()
-        return view
-
-    yield show
-    for widget in made:
-        widget.close()
 
 
 def say(bench, text="What is an expert?", tokens=30):

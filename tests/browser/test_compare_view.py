@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 import pytest
-from browser.alone import Alone
 from widgets.routed import routed_trace
 
 from workbench.trace import Trace
@@ -26,16 +25,6 @@ def pair(a=A, b=B):
     experts[:, 1] = (experts[:, 1] + 1) % 32
     experts[-1], gates[-1], margins[-1] = -1, 0, np.nan
     return first, Trace(second.header, second.tokens, second.layers, experts, gates, margins)
-
-
-@pytest.fixture
-def opened(page, monkeypatch):
-    def show(widget):
-        view = Alone(page, widget, monkeypatch)
-        view.settle()
-        return view
-
-    return show
 
 
 def rows(view, mark=""):

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import offload
 import pytest
-from browser.alone import FRAME, Alone
+from browser.alone import FRAME
 
 from workbench.transfers import FAR, MOVING
 from workbench.widgets import expertmap
@@ -22,19 +22,10 @@ LEFT, RIGHT, TOP = 58, 14, 22  # around the cells, see SIDE in expertmap.js
 
 
 @pytest.fixture
-def opened(page, monkeypatch):
+def shown(opened, page, monkeypatch):
+    """shown(store): its map, alone in the page."""
     monkeypatch.setattr(expertmap, "INTERVAL", 1e6)  # it looks when the test says so
-    made = []
-
-    def show(store):
-        made.append(ExpertMap(store))
-        view = Alone(page, made[-1], monkeypatch)
-        view.settle()
-        return view
-
-    yield show
-    for widget in made:
-        widget.close()
+    yield lambda store: opened(ExpertMap(store))
     page.emulate_media(reduced_motion="no-preference", color_scheme="light")
 
 
@@ -85,14 +76,14 @@ def legend(view):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_cells_have_the_colour_of_their_place(opened, page, rng, monkeypatch, scheme):
+def test_cells_have_the_colour_of_their_place(shown, page, rng, monkeypatch, scheme):
     page.emulate_media(reduced_motion="reduce", color_scheme=scheme)  # without what glows
     store, _ = offload.pages(layers=3, experts=11, chosen=3, slots=9, far=8, computed=False)
     visits(rng, store, 4)
     where = store.where()
     where[rng.integers(3), rng.integers(11)] = MOVING
     monkeypatch.setattr(store, "where", lambda: where.copy())
-    view = opened(store)
+    view = shown(store)
     if scheme == "dark":
         page.evaluate("() => { document.documentElement.style.colorScheme = 'dark'; }")
         page.evaluate("() => { document.body.className = 'dark'; }")
@@ -109,10 +100,10 @@ def test_cells_have_the_colour_of_their_place(opened, page, rng, monkeypatch, sc
     assert ", ".join(said) in view.page.get_by_role("img", name="3 layers by 11 experts").get_attribute("aria-label")
 
 
-def test_it_follows_the_store(opened, page, rng):
+def test_it_follows_the_store(shown, page, rng):
     page.emulate_media(reduced_motion="reduce")
     store, _ = offload.pages(layers=3, experts=11, chosen=3, slots=9, far=8, computed=False)
-    view = opened(store)
+    view = shown(store)
     assert "Nothing has been generated yet" in view.page.locator(".wbe-passes").inner_text()
     kinds = legend(view)
     for count in (1, 3):
@@ -130,13 +121,13 @@ def test_it_follows_the_store(opened, page, rng):
     )
 
 
-def test_what_was_used_just_now_glows_and_fades(opened):
+def test_what_was_used_just_now_glows_and_fades(shown):
     store, _ = offload.pages(layers=3, experts=11, chosen=3, slots=33)
     ask(store, [8, 9, 10])
     for _ in range(20):
         ask(store, [3, 4, 5])
     ask(store, [0, 1, 2])
-    view = opened(store)
+    view = shown(store)
     before, faded = colours(view), legend(view)[0]
     assert len(set(before[:, :3].flat)) == 1 and (before[:, 8:] == faded).all()
     assert before[0, 0] == legend(view)[-1] != before[0, 3] != faded, "one of a pass ago glows still, but less"
@@ -148,10 +139,10 @@ def test_what_was_used_just_now_glows_and_fades(opened):
     assert (after[:, 8:] == before[0, 0]).all() and (after[:, :3] == faded).all()
 
 
-def test_keys_lead_to_every_expert_and_say_what_describe_says(opened, rng):
+def test_keys_lead_to_every_expert_and_say_what_describe_says(shown, rng):
     store, _ = offload.pages(layers=3, experts=7, chosen=3, slots=5, far=6, computed=False)
     visits(rng, store, 3)
-    view = opened(store)
+    view = shown(store)
     visits(rng, store, 2)
     look(view)
     field, readout = view.page.get_by_role("application"), view.page.locator(".wbe-readout")
@@ -179,12 +170,12 @@ def test_keys_lead_to_every_expert_and_say_what_describe_says(opened, rng):
     assert readout.inner_text() == ""
 
 
-def test_what_the_pointer_is_on_is_described_in_a_large_model_too(opened, rng):
+def test_what_the_pointer_is_on_is_described_in_a_large_model_too(shown, rng):
     """Two layers of 700: keys far apart, and counts that do not fit into one byte."""
     store, _ = offload.pages(layers=2, experts=700, chosen=3, slots=40, far=100, computed=False)
     for _ in range(300):
         ask(store, [0, 1, 2])
-    view = opened(store)
+    view = shown(store)
     visits(rng, store, 30)
     ask(store, [3, 150, 2])
     look(view)
@@ -204,9 +195,9 @@ def test_what_the_pointer_is_on_is_described_in_a_large_model_too(opened, rng):
     assert not tip.is_visible()
 
 
-def test_keys_are_no_shortcuts_of_the_notebook(opened, rng):
+def test_keys_are_no_shortcuts_of_the_notebook(shown, rng):
     store, _ = offload.pages(layers=2, experts=5, chosen=3, slots=4)
-    view = opened(store)
+    view = shown(store)
     view.page.evaluate(
         "() => { window.heard = []; document.body.addEventListener('keydown', (e) => heard.push(e.key)); }"
     )

@@ -23,18 +23,6 @@ def trace():
     return routed_trace(TEXTS)
 
 
-@pytest.fixture
-def opened(page, monkeypatch):
-    """opened(inspector) shows it alone in the page."""
-
-    def show(inspector):
-        view = Alone(page, inspector, monkeypatch)
-        view.settle()
-        return view
-
-    return show
-
-
 def whole(seen):
     """The inspection with the parts that a live model adds."""
     layers = [
