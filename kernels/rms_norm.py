@@ -50,5 +50,14 @@ def launch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-# Shapes of x to test, compile and measure: a token of V2, a chunk of V2-Lite, odd ones.
-EXAMPLES = ((1, 5120), (512, 2048), (3, 7, 193), (2, 1))
+def work(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[int, int]:
+    """The least bytes moved and operations done."""
+    return 2 * x.nbytes + weight.nbytes, 4 * x.numel()
+
+
+# shape and type of x, to test, compile and measure: a token of V2, a batch of V2-Lite, odd ones
+EXAMPLES = tuple(
+    (shape, dtype)
+    for shape in ((1, 5120), (64, 2048), (3, 7, 193), (2, 1))
+    for dtype in (torch.float32, torch.bfloat16)
+)

@@ -1,5 +1,6 @@
 """What several tests share: checkpoints of every case, each made once, and a bench without a model."""
 
+import os
 from functools import cache
 
 import pytest
@@ -11,6 +12,9 @@ from workbench.model import Model
 from workbench.opening import open_model
 from workbench.tokenizer import Tokenizer
 from workbench.train.vocabulary import train_tokenizer, write
+
+if not torch.cuda.is_available():  # Triton looks when a kernel is defined, so before the first is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ B sequences, T new tokens, S tokens so far, W row width (kv_lora_rank + qk_rope_
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -158,6 +159,17 @@ class Sequence:
         else:
             starts = torch.tensor(self.table, device=device) * BLOCK
             self.where = (starts[:, None] + torch.arange(BLOCK, device=device)).flatten()[:tokens]
+
+
+class Latents(NamedTuple):
+    """What one layer holds of the sequences of a cache, as a kernel finds it: row p of sequence b is row
+    64 table[b, p // 64] + p % 64 of every part."""
+
+    parts: tuple[torch.Tensor, ...]  # of the format, each [rows of the pool, part width]
+    format: Format
+    row: Row
+    table: torch.Tensor  # [B, any] int32 on the device; what is beyond a sequence's end is not read
+    ends: torch.Tensor  # [B] int32 on the device: tokens of each sequence, those of this pass included
 
 
 class LatentCache:
