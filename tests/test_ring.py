@@ -8,7 +8,6 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.cache import LatentCache
 from workbench.checkpoint import Random
@@ -21,7 +20,6 @@ from workbench.recorder import Recorder
 from workbench.ring import RoutingRing
 
 SITES = ("moe.experts", "moe.gates", "moe.scores")
-WAYS = pytest.mark.parametrize("by_index", [False, True], ids=["by slice", "by index"])
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +65,11 @@ def check(rows, wanted):
         assert np.array_equal(got, value.astype(got.dtype), equal_nan=got.dtype != np.int16)
 
 
-@WAYS
 @pytest.mark.parametrize("capacity", [1024, 16, 3])
 @pytest.mark.parametrize("name", ["v2", "lite", "moe_every_other_layer"])
-def test_it_holds_what_passed(name, capacity, by_index, model, tokens):
+def test_it_holds_what_passed(name, capacity, model, tokens):
     bench, recorder = model(name), Recorder(*SITES)
-    ring = RoutingRing(bench.config, capacity=capacity, by_index=by_index)
+    ring = RoutingRing(bench.config, capacity=capacity)
     log, store = ring.log(), new_cache(bench)
     for chunk in tokens.split([9, *[1] * 20, 17, *[1] * 14], 1):
         bench(chunk, store, both(ring.to(log), recorder))
@@ -82,10 +79,9 @@ def test_it_holds_what_passed(name, capacity, by_index, model, tokens):
     assert len(log.rows(55, 99).experts) == 5
 
 
-@WAYS
 @pytest.mark.parametrize("capacity", [1024, 10])
-def test_several_sequences_at_once_and_in_turn(capacity, by_index, bench, tokens):
-    ring = RoutingRing(bench.config, capacity=capacity, by_index=by_index)
+def test_several_sequences_at_once_and_in_turn(capacity, bench, tokens):
+    ring = RoutingRing(bench.config, capacity=capacity)
     logs, recorders, store = [ring.log() for _ in range(3)], [Recorder(*SITES) for _ in range(3)], new_cache(bench, 3)
     for row, length in enumerate((5, 1, 8)):
         bench(tokens[:, row : row + length], store.only(row), both(ring.to(logs[row]), recorders[row]))
@@ -128,7 +124,6 @@ def test_ids_take_a_byte_where_they_fit(experts, kind, tokens):
     assert (log.rows().experts[..., 0] == experts - 1).all() and (log.rows().experts >= 0).all()
 
 
-@WAYS
 @pytest.mark.parametrize(
     "edits, slots",
     [
@@ -140,10 +135,10 @@ def test_ids_take_a_byte_where_they_fit(experts, kind, tokens):
         ([TopK(1, 1, positions=(3, 40)), Force(1, 31, positions=(20, 30))], 6),
     ],
 )
-def test_an_edit_may_use_more_slots_or_fewer_in_some_layers_and_passes(edits, slots, by_index, bench, tokens):
+def test_an_edit_may_use_more_slots_or_fewer_in_some_layers_and_passes(edits, slots, bench, tokens):
     editing, seen = Editing(edits, bench.config, prompts=9), []
     assert max(editing.width.values()) == slots
-    ring = RoutingRing(bench.config, slots=slots, by_index=by_index)
+    ring = RoutingRing(bench.config, slots=slots)
     log, store = ring.log(), new_cache(bench)
     for chunk in tokens[:, :30].split([9, *[1] * 8, 13], 1):
         seen.append(Recorder(*SITES))
@@ -158,14 +153,13 @@ def test_too_few_slots_are_not_cut_off_in_silence(bench, tokens):
         bench(tokens, probe=both(Editing([TopK(None, 8)], bench.config), ring.to(ring.log())))
 
 
-@WAYS
-def test_nothing_is_allocated_anew_and_nothing_moves(by_index, bench, tokens):
+def test_nothing_is_allocated_anew_and_nothing_moves(bench, tokens):
     """A captured graph writes to the addresses it was captured with."""
-    ring, store = RoutingRing(bench.config, capacity=16, by_index=by_index), new_cache(bench)
+    ring, store = RoutingRing(bench.config, capacity=16), new_cache(bench)
     log = ring.log()
 
     def places():
-        return [tensor.data_ptr() for tensor in (*ring._rings, ring._cursor, ring._count)]
+        return [tensor.data_ptr() for tensor in (*ring._rings, ring._cursor)]
 
     before = places()
     for chunk in tokens.split([16, *[1] * 20, 8, 8, *[1] * 8], 1):
@@ -173,34 +167,6 @@ def test_nothing_is_allocated_anew_and_nothing_moves(by_index, bench, tokens):
         if store.lengths[0] % 5 == 0:
             log.rows()
     assert places() == before and len(log) == 60 and ring.capacity == 16 and ring.static
-
-
-class Launches(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.list = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.list.append((str(function), [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)]))
-        return function(*args, **(kwargs or {}))
-
-
-def test_by_index_every_pass_writes_by_the_same_operations_and_reads_nothing_back(bench, tokens):
-    ring, store = RoutingRing(bench.config, by_index=True), new_cache(bench)
-    ring.to(ring.log())
-    lists = []
-    for one in tokens[:, :4].split(1, 1):
-        bench(one, store, ring.to(*ring._logs))
-        ring._logs[0].rows()
-        probe = ring.begin(bench.config, torch.tensor([[store.lengths[0]]]), torch.float32)
-        ids, gates, scores = torch.zeros(1, 1, 6, dtype=torch.int64), torch.zeros(1, 1, 6), torch.zeros(1, 1, 7)
-        for layer in ring.layers:
-            probe.at(layer).routed(ids, gates, scores)
-        with Launches() as launches:
-            probe.end()
-        lists.append(launches.list)
-    assert len(lists[0]) > 5 and all(one == lists[0] for one in lists)
-    assert not [name for name, _ in lists[0] if "local_scalar" in name or "nonzero" in name or "item" in name]
 
 
 def test_reading_from_another_thread_while_passes_go_on(bench, tokens):
@@ -240,9 +206,8 @@ class Fails(Probe):
         return x
 
 
-@WAYS
-def test_a_pass_that_fails_leaves_nothing(by_index, bench, tokens):
-    ring, recorder, store = RoutingRing(bench.config, by_index=by_index), Recorder(*SITES), new_cache(bench)
+def test_a_pass_that_fails_leaves_nothing(bench, tokens):
+    ring, recorder, store = RoutingRing(bench.config), Recorder(*SITES), new_cache(bench)
     log = ring.log()
     bench(tokens[:, :9], store, both(ring.to(log), recorder))
     for new in (1, 5):

@@ -7,33 +7,36 @@ B sequences, T new tokens, S tokens so far, W row width (kv_lora_rank + qk_rope_
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 
 from workbench.config import Config
-from workbench.errors import RequestError
+from workbench.errors import RequestError, WorkbenchError
 from workbench.formats import Format, Plain, Row, cache_format
+from workbench.pages import BLOCK, Latents, Pages, page_of, pages_of
 from workbench.window import Window
 
 Device = torch.device | str
 
-BLOCK = 64
 PIECE = 16 * BLOCK  # rows that are converted together
 
 
 class Pool:
     """The storage of one or more caches: for every layer, `blocks` x 64 packed rows.
 
-    It grows by exactly what is asked for. Copying a layer when a block is added costs two passes over it every 64
-    tokens, 3 % of what attention reads in the same 64 steps, and no byte is held that no token needs.
+    On a CPU it grows by exactly what is asked for. Copying a layer when a block is added costs two passes over it every
+    64 tokens, 3 % of what attention reads in the same 64 steps, and no byte is held that no token needs. On a GPU,
+    where a batch adds blocks at every step and a captured pass holds addresses, it grows by a part of itself, and is
+    given back when half of it is free; `moves` counts how often it changed its place.
     """
+
+    AHEAD = 4  # on a GPU: a quarter more than is asked for
 
     def __init__(self, config: Config, format: Format, device: Device):
         self.format = format
         self.row = Row(config.kv_lora_rank, config.qk_rope_head_dim)
         self.device = torch.device(device)
-        self.blocks = 0
+        self.blocks = self.moves = 0
         self.users: Counter[int] = Counter()  # how many sequences share a block; a free block is absent
         self.orphans: list[list[int]] = []  # tables of sequences that were dropped, to be released
         self.sequences: weakref.WeakSet[Sequence] = weakref.WeakSet()
@@ -68,11 +71,21 @@ class Pool:
         free = [block for block in range(self.blocks) if block not in self.users][:count]
         missing = count - len(free)
         if missing:
-            self.admit(missing * self.block_bytes())
+            grown = missing + self._ahead()
+            try:
+                self.admit(grown * self.block_bytes())
+            except WorkbenchError:
+                if grown == missing:
+                    raise
+                grown = missing
+                self.admit(grown * self.block_bytes())
             free += range(self.blocks, self.blocks + missing)
-            self._resize(self.blocks + missing)
+            self._resize(self.blocks + grown)
         self.users.update(free)
         return free
+
+    def _ahead(self) -> int:
+        return self.blocks // self.AHEAD if self.device.type == "cuda" else 0
 
     def reap(self) -> None:
         """Releases the blocks of sequences nobody holds any more."""
@@ -89,7 +102,7 @@ class Pool:
             if not self.users[block]:
                 del self.users[block]
         needed = max(self.users, default=-1) + 1
-        if needed < self.blocks:
+        if needed < (self.blocks // 2 if self._ahead() else self.blocks):
             self._resize(needed)
 
     def copy_block(self, source: int, target: int) -> None:
@@ -119,6 +132,7 @@ class Pool:
             changed, there = sums.sqrt().tolist()
             errors.append(tuple(a / b if b else 0.0 for a, b in zip(changed, there, strict=True)))
         self.format, self.layers = format, layers
+        self.moves += 1
         return errors
 
     def _written(self) -> torch.Tensor:
@@ -136,6 +150,7 @@ class Pool:
                 target[:kept] = part[:kept]
             self.layers[layer] = new
         self.blocks = blocks
+        self.moves += 1
 
 
 class Sequence:
@@ -159,17 +174,6 @@ class Sequence:
         else:
             starts = torch.tensor(self.table, device=device) * BLOCK
             self.where = (starts[:, None] + torch.arange(BLOCK, device=device)).flatten()[:tokens]
-
-
-class Latents(NamedTuple):
-    """What one layer holds of the sequences of a cache, as a kernel finds it: row p of sequence b is row
-    64 table[b, p // 64] + p % 64 of every part."""
-
-    parts: tuple[torch.Tensor, ...]  # of the format, each [rows of the pool, part width]
-    format: Format
-    row: Row
-    table: torch.Tensor  # [B, any] int32 on the device; what is beyond a sequence's end is not read
-    ends: torch.Tensor  # [B] int32 on the device: tokens of each sequence, those of this pass included
 
 
 class LatentCache:
@@ -287,6 +291,19 @@ class LatentCache:
                 part[where] = values
             if sequence.window:
                 sequence.window.write(layer, sequence.length, new)
+
+    def page(self, blocks: int = 0) -> torch.Tensor:
+        """Where the sequences are in the pass that `reserve` made room for, on the host: see pages.py."""
+        return page_of([(one.length, one.end, one.table) for one in self.sequences], blocks)
+
+    @property
+    def pages(self) -> Pages:
+        """The same on the device."""
+        return pages_of(self.page().to(self.pool.device), self.batch)
+
+    def latents(self, layer: int, pages: Pages) -> Latents:
+        """What a layer holds, for kernels. The format keeps no window."""
+        return Latents(tuple(self.pool.layers[layer]), self.pool.format, self.pool.row, pages.table, pages.ends)
 
     def rows(self, layer: int, sequence: int, dtype: torch.dtype) -> torch.Tensor:
         """[S, W] of one sequence, the reserved positions included; a view where blocks and dtype allow."""

@@ -150,6 +150,10 @@ class _Pass(Probe):
     def __init__(self, editing: Editing, masks: dict[int, torch.Tensor | None], positions: torch.Tensor):
         self.editing, self.masks, self.positions = editing, masks, positions
         self.outside = self.at(None)
+        acting = [editing.edits[number] for number in masks]
+        everywhere = all(mask is None for mask in masks.values())
+        self.quiet = everywhere and all(isinstance(edit, Ablate | Bias) for edit in acting)
+        self.static = editing.static
 
     def at(self, layer: int | None) -> Probe:
         active = [(number, self.editing.edits[number]) for number in self.masks if layer in self.editing.layers[number]]
@@ -158,6 +162,14 @@ class _Pass(Probe):
 
     def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
         return self.outside(site, x)
+
+    def held(self) -> object:
+        return id(self.editing.bias), *self.masks
+
+    def bias(self, layer: int) -> torch.Tensor | None:
+        held = self.editing.bias
+        given = [held[number, layer] for number in (-1, *self.masks) if (number, layer) in held]
+        return sum(given[1:], given[0]) if given else None
 
     def end(self) -> None:
         self.editing.fired.update(self.masks)

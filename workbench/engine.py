@@ -10,9 +10,11 @@ import torch
 
 from workbench.cache import BLOCK, LatentCache, Pool
 from workbench.chat import Prompt, Span, detect, render
+from workbench.door import present
 from workbench.edits import Edit
 from workbench.errors import BudgetError, RequestError
 from workbench.formats import cache_format
+from workbench.graph import DecodeGraph
 from workbench.model import Model
 from workbench.probe import Probe
 from workbench.reply import Reply, Step
@@ -172,7 +174,7 @@ class Engine:
             cache.truncate(kept)
             reply.stats.reused_tokens = kept
             logits = self._prefill(watched, kept, cache, stop)
-            probe = watch.probe([watched])
+            probe, step_of = watch.probe([watched]), self._stepping()
             started = perf_counter()
             while logits is not None and not stop.is_set():
                 step = reply.next(logits[0], started, cache.nbytes)
@@ -181,7 +183,7 @@ class Engine:
                     watch.check()
                     return
                 started = perf_counter()
-                logits = self._forward([[step.token]], cache, probe)
+                logits = step_of([[step.token]], cache, probe)
             reply.stats.finish, reply.stats.tail = "stopped", reply.rest()
         finally:
             tokens = reply.tokens[: cache.lengths[0]]
@@ -243,7 +245,7 @@ class Engine:
         watching = Watch(self.model, self.name, edits, watch, scores, self.cache_format)
         if self.cache_bytes is not None:
             self._held = None  # its room is needed
-        cache = self.new_cache(batch=min(slots, len(waiting)))
+        cache, step_of = self.new_cache(batch=min(slots, len(waiting))), self._stepping()
         running: dict[int, tuple[int, Watched, list[Step]]] = {}  # slot -> number of the prompt, and its answer so far
         while waiting or running:
             for slot in range(cache.batch):
@@ -263,7 +265,7 @@ class Engine:
             started = perf_counter()
             batch = [watched for _, watched, _ in running.values()]
             inputs = [[watched.reply.tokens[-1]] for watched in batch]
-            logits = self._forward(inputs, cache.only(*running), watching.probe(batch))
+            logits = step_of(inputs, cache.only(*running), watching.probe(batch))
             for row, (slot, (number, watched, steps)) in zip(logits, list(running.items()), strict=True):
                 steps.append(watched.reply.next(row, started, cache.nbytes))
                 if steps[-1].finish:
@@ -302,6 +304,18 @@ class Engine:
             reply.stats.prefilled_tokens += len(chunk)
             reply.stats.prefill_seconds += perf_counter() - started
         return logits
+
+    def _stepping(self) -> Callable[[list[list[int]], LatentCache, Probe], torch.Tensor]:
+        """How one generation takes its steps: `_forward`, or replays of it on a GPU. Of one cache, in one thread."""
+        if not present(self.model.norm):
+            return self._forward
+        graph = DecodeGraph(self.model)  # not kept: it holds addresses of the cache
+
+        @torch.inference_mode()
+        def step(tokens: list[list[int]], cache: LatentCache, probe: Probe) -> torch.Tensor:
+            return graph.step(torch.tensor(tokens), cache, probe)[:, -1]
+
+        return step
 
     @torch.inference_mode()
     def _forward(self, tokens: list[list[int]], cache: LatentCache, probe: Probe, logits: str = "last") -> torch.Tensor:

@@ -11,9 +11,10 @@ from itertools import chain
 import torch
 from torch import nn
 
-from workbench import ops
+from workbench import lean, ops
 from workbench.cache import LatentCache
 from workbench.config import Config
+from workbench.door import present
 from workbench.errors import CheckpointError, RequestError
 from workbench.experts import Resident, Store
 from workbench.fused import Fused, refusal, unfit
@@ -52,13 +53,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         config, eps = self.config, self.config.rms_norm_eps
         see = probe.see
-        query, compressed = ops.linear(x, self.down).split(
-            [self.down.shape[0] - config.latent_width, config.latent_width], -1
-        )
-        if config.q_lora_rank is not None:
-            query = see("attn.q_latent", ops.rms_norm(query, self.q_norm, eps))
-            query = ops.linear(query, self.q_up)
-        query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))  # [B, T, H, N + R]
+        query, compressed = self.projected(x, probe)
         content, position = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         content = see("attn.q_content", content)
         latent, k_rope = compressed.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
@@ -76,6 +71,16 @@ class Attention(nn.Module):
             each = [self.recall(content[b : b + 1], position[b : b + 1], cache, b) for b in range(cache.batch)]
             z = torch.cat(each) if len(each) > 1 else each[0]
         return ops.linear(see("attn.z", z).flatten(-2), self.out)
+
+    def projected(self, x: torch.Tensor, probe: Probe = OFF) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [B, T, H, N + R] and what is to become a row [B, T, W], both before rotation."""
+        see = probe.see
+        width = self.config.latent_width
+        query, compressed = ops.linear(x, self.down).split([self.down.shape[0] - width, width], -1)
+        if self.config.q_lora_rank is not None:
+            query = see("attn.q_latent", ops.rms_norm(query, self.q_norm, self.config.rms_norm_eps))
+            query = ops.linear(query, self.q_up)
+        return query.unflatten(-1, (self.config.num_attention_heads, -1)), compressed
 
     def read(self, content: torch.Tensor, position: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """[B, T, H, N] and [B, T, H, R] against rows [B, S, W]: [B, T, H, V], by the form that multiplies less."""
@@ -177,9 +182,13 @@ class Mixture(nn.Module):
             self.shared = Dense(f"{name}.shared_experts", hidden, config.n_shared_experts * width, weights)
 
     def forward(self, x: torch.Tensor, probe: Probe = OFF) -> torch.Tensor:
-        shape = x.shape[:-1]
-        see = probe.see
         ids, gates = self.choose(x, probe)
+        return self.mixed(x, ids, gates, probe)
+
+    def mixed(self, x: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor, probe: Probe = OFF) -> torch.Tensor:
+        """The chosen experts of x [..., D], weighed by gates [..., K], and the shared ones."""
+        see = probe.see
+        shape = x.shape[:-1]
         flat, ids, gates = x.flatten(0, -2), ids.flatten(0, -2), gates.flatten(0, -2)
         # closed however it ends: an error that somebody keeps would keep the store's lock with its frames
         with closing(self.store.waves(self.layer, ids, flat)) as waves:
@@ -271,7 +280,7 @@ class Model(nn.Module):
         With a cache the tokens continue its sequences. RequestError for tokens that do not exist, for none, and for
         more than the context holds; the cache is then as it was.
         """
-        self._check(tokens, cache)
+        self.check(tokens, cache)
         new = tokens.shape[1]
         positions = torch.arange(new).expand(tokens.shape)
         if cache is not None:
@@ -281,24 +290,32 @@ class Model(nn.Module):
             cache.reserve(new)
         rotations = self.rope.at(positions.to(self.device))  # [B, T, R/2]
         x = probe("embed", ops.embed(tokens.to(self.device), self.embedding, self.dtype))
-        if self.explain(cache, probe) is None:
+        if self.explain(cache, probe) is not None:
+            x = self._by_operation(x, rotations, cache, probe, logits == "all")
+        elif not present(x):
             x = self._fused.forward(x, rotations, cache, probe, logits == "all")
         else:
-            for block in self.blocks:
-                x = block(x, rotations, cache, probe)
-            if logits == "last":
-                x = x[:, -1:]
-            x = probe("final.norm", ops.rms_norm(x, self.norm, self.config.rms_norm_eps))
-            x = probe("logits", ops.linear(x, self.head).float())
+            x = lean.forward(self, x, rotations, cache, probe, logits == "all")
         probe.end()
         if cache is not None:
             cache.advance(new)
         return x
 
+    def _by_operation(
+        self, x: torch.Tensor, rotations: torch.Tensor, cache: LatentCache | None, probe: Probe, every: bool
+    ) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, rotations, cache, probe)
+        x = x if every else x[:, -1:]
+        x = probe("final.norm", ops.rms_norm(x, self.norm, self.config.rms_norm_eps))
+        return probe("logits", ops.linear(x, self.head).float())
+
     def explain(self, cache: LatentCache | None = None, probe: Probe = OFF) -> str | None:
-        """Why such a pass goes operation by operation; None where it is one call, see fused.py."""
+        """Why such a pass goes operation by operation; None where it is fused, see fused.py, or lean, see lean.py."""
         if not self.fuse:
             return "model.fuse is False"
+        if present(self.norm):
+            return lean.refusal(self, cache, probe)
         if self._fused is None or isinstance(self._fused, Fused) and not self._fused.current:
             self._fused = unfit(self) or Fused(self)
         if isinstance(self._fused, str):
@@ -312,7 +329,8 @@ class Model(nn.Module):
         x = ops.rms_norm(x.to(self.device, self.dtype), self.norm, self.config.rms_norm_eps)
         return ops.linear(x, self.head).float()
 
-    def _check(self, tokens: torch.Tensor, cache: LatentCache | None) -> None:
+    def check(self, tokens: torch.Tensor, cache: LatentCache | None) -> None:
+        """RequestError for tokens that `forward` would refuse."""
         config = self.config
         if tokens.dim() != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
             raise RequestError(

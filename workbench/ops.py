@@ -4,12 +4,8 @@ N tokens, B batch, T new tokens, S tokens so far, H heads, D hidden, W key width
 G groups, I expert width. What ends in `_open` is the same with its inside laid out for a probe (see probe.py).
 """
 
-from collections.abc import Callable, Iterable
-from functools import cache, wraps
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Iterable
 from itertools import chain
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -18,6 +14,7 @@ import torch.nn.functional as F
 from workbench import packed
 from workbench.blocks import Bank
 from workbench.config import Config
+from workbench.door import op, present
 from workbench.matrix import Matrix, Weight, dense
 from workbench.probe import Probe
 
@@ -25,40 +22,14 @@ SCORES = 1 << 26  # attention scores held at once, in elements: a quarter of a g
 PART = 1024  # rows of a packed cache that are unpacked together
 
 
-@cache
-def kernel(name: str) -> ModuleType | None:
-    """The file in kernels/ for the op of that name, if there is one here and Triton can be imported."""
-    if find_spec("triton") is None or find_spec("workbench_kernels") is None:
-        return None
-    return import_module(f"workbench_kernels.{name}") if find_spec(f"workbench_kernels.{name}") else None
-
-
-def refusal(name: str, *args) -> str | None:
-    """Why the reference, not a kernel, answers this call; None where the kernel does."""
-    if not args[0].is_cuda:
-        return f"tensors are on {args[0].device.type}"
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
-        return "a gradient is asked for"
-    file = kernel(name)
-    return f"there is no kernel for {name} here" if file is None else file.refuses(*args)
-
-
-def op(body: Callable) -> Callable:
-    """A reference body that a kernel of the same name may answer for. `refusal` says, for any call, which and why."""
-    name = body.__name__
-
-    @wraps(body)
-    def call(*args):
-        if args[0].is_cuda and refusal(name, *args) is None:
-            return kernel(name).launch(*args)
-        return body(*args)
-
-    return call
-
-
 def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """x [..., in] by weight [out, in]."""
-    return packed.linear(x, weight) if isinstance(weight, Matrix) else F.linear(x, weight)
+    return _linear_packed(x, weight) if isinstance(weight, Matrix) else F.linear(x, weight)
+
+
+@op("linear")
+def _linear_packed(x: torch.Tensor, weight: Matrix) -> torch.Tensor:
+    return packed.linear(x, weight)
 
 
 def embed(tokens: torch.Tensor, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -83,7 +54,7 @@ def lower(out: torch.Tensor, kv_up: Weight, width: int) -> torch.Tensor:
     return (out.transpose(1, 2) @ values.mT).transpose(1, 2)
 
 
-@op
+@op("rms_norm")
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalised in fp32 and rounded to x's type before the weight, the order of the original code."""
     return weight * F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype)
@@ -103,7 +74,11 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     """
     if key.shape[2] == 1:
         return _attend_shared(query, key[:, :, 0], value[:, :, 0], scale)
-    return _attend_heads(query, key, value, scale)
+    if not present(query):
+        return _attend_heads(query, key, value, scale)
+    starts = (torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * x.shape[1] for x in (query, key))
+    flat = (x.flatten(0, 1) for x in (query, key, value))
+    return mla_prefill(*flat, *starts, query.shape[1], scale).unflatten(0, query.shape[:2])
 
 
 def rows_at_once(new: int, heads: int) -> int:
@@ -153,6 +128,29 @@ def _attend_shared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         future = _future(new, key.shape[1], query.device).repeat_interleave(heads, 0)
         scores = scores.masked_fill(future, float("-inf"))
     return torch.bmm(scores.softmax(-1).to(query.dtype), value).unflatten(1, (new, heads))
+
+
+@op("mla_prefill")
+def mla_prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    longest: int,
+    scale: float,
+) -> torch.Tensor:
+    """`attend` of several sequences of any lengths, a key and a value for each head, one after the other.
+
+    query [N, H, W], key [M, H, W], value [M, H, V]; sequence b has those from starts [B + 1] int32 b to b + 1, its
+    queries are the last of its positions and at most `longest` -> [N, H, V].
+    """
+    spans = zip(query_starts.tolist(), query_starts.tolist()[1:], key_starts.tolist(), key_starts.tolist()[1:])
+    each = [
+        _attend_heads(query[None, first:last], key[None, start:end], value[None, start:end], scale)[0]
+        for first, last, start, end in spans
+    ]
+    return torch.cat(each)
 
 
 def _attend_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -279,7 +277,7 @@ def experts(x: torch.Tensor, gates: torch.Tensor, waves: Waves) -> torch.Tensor:
         return weigh_outputs(packed.expert_outputs(x, chain([(bank, slots)], waves)), gates)
     if x.shape[0] == 1 and not torch.is_grad_enabled():
         return (gates[0] @ _outputs_of_one(x[0], slots[0], *bank).float()).to(x.dtype)[None]
-    return _experts_grouped(x, slots, gates, *bank)
+    return experts_grouped(x, slots, gates, *bank)
 
 
 def expert_outputs(x: torch.Tensor, waves: Waves) -> torch.Tensor:
@@ -307,10 +305,15 @@ def _outputs_of_one(token, ids, gate_up, down):
 
 def _outputs_grouped(x, ids, gate_up, down):
     order = ids.flatten().argsort(stable=True)  # assignments sorted by expert: every expert sees one contiguous run
-    ends = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
+    ends = _counts(ids.flatten(), gate_up.shape[0]).cumsum(0).to(torch.int32)
     token = order // ids.shape[1]
     hidden = swiglu(_grouped(x.index_select(0, token), gate_up, ends))
     return order, token, _grouped(hidden, down, ends)
+
+
+def _counts(ids, experts):
+    """How often each expert is chosen. Not torch.bincount, which asks a GPU for the largest id."""
+    return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add(0, ids, torch.ones_like(ids))
 
 
 def _grouped(x, weight, ends):
@@ -321,7 +324,8 @@ def _grouped(x, weight, ends):
     return F.grouped_mm(x, weight.mT, offs=ends)
 
 
-def _experts_grouped(x, ids, gates, gate_up, down):
+def experts_grouped(x, ids, gates, gate_up, down):
+    """`experts` of one plain bank, by products of whole groups."""
     order, token, outputs = _outputs_grouped(x, ids, gate_up, down)
     weighted = outputs.float() * gates.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, weighted).to(x.dtype)

@@ -94,6 +94,7 @@ class Probe:
     """
 
     static = False  # whether a captured pass may be replayed with it: nothing in it depends on the host
+    quiet = False  # of a pass: whether `bias` and `row` are all it wants, so that nobody stands at its sites
 
     def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> "Probe":
         """The probe of one forward pass over tokens at `positions` [B, T] (on the CPU). May refuse, before any work."""
@@ -137,6 +138,21 @@ class Probe:
         read(self, "moe.scores", scores)
         return self("moe.gates", gates)
 
+    def bias(self, layer: int) -> torch.Tensor | None:
+        """What a quiet probe adds to the logits of this layer's router, [E] fp32: a tensor that it changes in place."""
+        return None
+
+    def row(self, layer: int) -> object | None:
+        """Where a quiet probe wants this layer's router to write what it chose: a ring.RingRow."""
+        return None
+
+    def held(self) -> object:
+        """Of a static probe: what a captured pass holds of it. Where this differs, a pass is captured anew."""
+        return ()
+
+    def direct(self) -> None:
+        """Before a pass, or a replay of one, whose routers write into `row` and read `bias` themselves."""
+
     def end(self) -> None:
         """The pass is complete. Not called for one that failed."""
 
@@ -152,7 +168,7 @@ class Silent(Probe):
 
 
 class _Off(Silent):
-    static = True
+    static = quiet = True
 
     def routed(
         self, ids: torch.Tensor, gates: torch.Tensor, scores: torch.Tensor, probs: torch.Tensor | None = None
@@ -176,6 +192,24 @@ class _Chain(Probe):
     @property
     def static(self) -> bool:
         return all(probe.static for probe in self.probes)
+
+    @property
+    def quiet(self) -> bool:
+        return all(probe.quiet for probe in self.probes)
+
+    def bias(self, layer: int) -> torch.Tensor | None:
+        given = [bias for probe in self.probes if (bias := probe.bias(layer)) is not None]
+        return sum(given[1:], given[0]) if given else None
+
+    def row(self, layer: int) -> object | None:
+        return next((row for probe in self.probes if (row := probe.row(layer)) is not None), None)
+
+    def held(self) -> object:
+        return tuple(probe.held() for probe in self.probes)
+
+    def direct(self) -> None:
+        for probe in self.probes:
+            probe.direct()
 
     def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
         return both(*(probe.begin(config, positions, dtype) for probe in self.probes))

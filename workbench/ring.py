@@ -1,8 +1,9 @@
 """The static routing recorder: ids, gates and margins of every token, written into tensors that are there beforehand.
 
-A pass only writes; the host reads later, when somebody asks or room is needed, so generation never waits for it and a
-captured graph can contain it. On a CPU, where any operation costs as much as a small product, what passed is only kept,
-and written some passes at a time. L layers with experts, B batch, T new tokens, K chosen.
+A pass only writes; the host reads later, when somebody asks or room is needed, so generation never waits for it. Where
+routers are kernels they write what they chose themselves (`RingRow`), also in a captured pass. On a CPU, where any
+operation costs as much as a small product, what passed is only kept, and written some passes at a time.
+L layers with experts, B batch, T new tokens, K chosen.
 """
 
 import math
@@ -29,6 +30,22 @@ class Routing(NamedTuple):
     experts: np.ndarray
     gates: np.ndarray
     margins: np.ndarray
+
+
+class RingRow(NamedTuple):
+    """Where the router of one layer writes: token n of the pass at row cursor + n, column `layer`, [any, L, K] each."""
+
+    experts: torch.Tensor  # uint8 or int16
+    gates: torch.Tensor  # fp16
+    margins: torch.Tensor  # fp16
+    cursor: torch.Tensor  # int64 [1], on the device
+    layer: int  # of those with experts, counted from 0
+
+    def write(self, ids: torch.Tensor, gates: torch.Tensor, scores: torch.Tensor) -> None:
+        """Of N tokens, ids and gates [N, K], scores [N, K + 1]: at a place that a captured pass can read."""
+        where = self.cursor + torch.arange(len(ids), device=ids.device)
+        for ring, values in zip(self[:3], (ids, gates, scores[:, :-1] - scores[:, -1:]), strict=True):
+            ring[:, self.layer].index_copy_(0, where, values.to(ring.dtype))
 
 
 class RoutingLog:
@@ -79,10 +96,9 @@ class RoutingRing(Silent):
     """Records the routing of each pass into rings on the device, for the logs named in `to`.
 
     slots     of a token in each layer: the model's K, or as many as an edit makes it
-    by_index  writes at a position that is itself a tensor, as a captured graph needs; by default on a GPU
     """
 
-    static = True
+    static = quiet = True
 
     def __init__(
         self,
@@ -90,12 +106,10 @@ class RoutingRing(Silent):
         device: torch.device | str = "cpu",
         slots: int | None = None,
         capacity: int = CAPACITY,
-        by_index: bool | None = None,
     ):
         self.layers = tuple(layer for layer in range(config.num_hidden_layers) if config.is_moe(layer))
         self.slots = slots or config.num_experts_per_tok
         self.device = torch.device(device)
-        self.by_index = self.device.type != "cpu" if by_index is None else by_index
         small = config.n_routed_experts is None or config.n_routed_experts < 255
         self._types = (torch.uint8 if small else torch.int16, torch.float16, torch.float16)
         self._unused = 255 if small else -1
@@ -105,7 +119,9 @@ class RoutingRing(Silent):
         self._written = 0  # rows
         self._passed: list[torch.Tensor] = []  # ids, gates and scores of each layer, one after the other
         self._kept: list[tuple[list[torch.Tensor], tuple[RoutingLog, ...]]] = []  # passes that are not written yet
-        self._size, self._enough = 0, 1 if self.by_index else TOGETHER * self.slots  # ids of one layer that are kept
+        # ids of one layer that are kept before they are written
+        self._size, self._enough = 0, TOGETHER * self.slots if self.device.type == "cpu" else 1
+        self._coming, self._direct = 0, False  # tokens of the pass that runs, and whether its routers write themselves
         self._resize(capacity)
 
     def log(self) -> RoutingLog:
@@ -120,11 +136,26 @@ class RoutingRing(Silent):
         return self
 
     def begin(self, config: Config, positions: torch.Tensor, dtype: torch.dtype) -> Probe:
-        self._passed = []
+        self._passed, self._coming, self._direct = [], positions.numel(), False
         return self
 
     def at(self, layer: int) -> Probe:
         return self if layer in self.layers else OFF
+
+    def row(self, layer: int) -> RingRow:
+        """Where the router of this layer writes in the passes that `direct` announces."""
+        return RingRow(*self._rings, self._cursor, self.layers.index(layer))
+
+    def held(self) -> object:
+        return id(self), self.capacity
+
+    def direct(self) -> None:
+        """The routers of the pass that has begun write themselves: makes room, and sets the cursor on the device."""
+        with self._lock, torch.no_grad():
+            self._write()
+            self._make_room(self._coming)
+            self._cursor.fill_(self._written)
+            self._direct = True
 
     def routed(
         self, ids: torch.Tensor, gates: torch.Tensor, scores: torch.Tensor, probs: torch.Tensor | None = None
@@ -135,6 +166,10 @@ class RoutingRing(Silent):
 
     def end(self) -> None:
         if not self.layers:
+            return
+        if self._direct:
+            with self._lock:
+                self._owe(1, self._coming // len(self._logs), self._logs)
             return
         passed = [x.detach() for x in self._passed] if torch.is_grad_enabled() else self._passed
         with self._lock:
@@ -159,24 +194,26 @@ class RoutingRing(Silent):
         ids, gates, scores = ([x for passed in passes for x in passed[kind::3]] for kind in range(3))
         ids, gates, scores = (self._rows(parts, len(passes)) for parts in (ids, gates, scores))
         new = len(ids)
+        self._make_room(new)
+        first = self._written
+        for ring, values in zip(self._rings, (ids, gates, scores[..., :-1] - scores[..., -1:]), strict=True):
+            ring[first : first + new] = values
+        self._owe(len(passes), tokens, logs)
+
+    def _make_room(self, new: int) -> None:
         if self._written + new > self.capacity:
             self._hand_over()
             if new > self.capacity:
                 self._resize(new)
-        first = self._written
-        for ring, values in zip(self._rings, (ids, gates, scores[..., :-1] - scores[..., -1:]), strict=True):
-            if self.by_index:
-                ring.index_copy_(0, self._cursor + self._count[:new], values.to(ring.dtype))
-            else:
-                ring[first : first + new] = values
-        if self.by_index:
-            self._cursor += new
-        self._written += new
+
+    def _owe(self, passes: int, tokens: int, logs: tuple[RoutingLog, ...]) -> None:
+        """Notes whose the rows are that were written last."""
         before = self._owed[-1] if self._owed else None
         if before and before[2:] == (tokens, logs):
-            self._owed[-1] = before._replace(passes=before.passes + len(passes))
+            self._owed[-1] = before._replace(passes=before.passes + passes)
         else:
-            self._owed.append(_Run(first, len(passes), tokens, logs))
+            self._owed.append(_Run(self._written, passes, tokens, logs))
+        self._written += passes * tokens * len(logs)
 
     def _rows(self, parts: list[torch.Tensor], passes: int) -> torch.Tensor:
         """[B, T, K] of each pass and layer, as [passes B T, L, K]."""
@@ -190,8 +227,13 @@ class RoutingRing(Silent):
             self._hand_over()
 
     def _hand_over(self) -> None:
-        if not self._owed:
-            return
+        if self._owed:
+            self._give_to_logs()
+        self._owed = []
+        if not self._direct:  # else a pass may be writing behind what was read
+            self._written = 0
+
+    def _give_to_logs(self) -> None:
         ids, gates, margins = (ring[: self._written].cpu().numpy() for ring in self._rings)
         rows = [ids.astype(np.int16), gates.astype(np.float32), margins.astype(np.float32)]
         unused = ids == self._unused
@@ -204,15 +246,12 @@ class RoutingRing(Silent):
             parts = [part[run.first : stop].reshape(*shape, *part.shape[1:]) for part in rows]
             for number, log in enumerate(run.logs):
                 log._add(Routing(*(part[:, number].reshape(-1, *part.shape[3:]) for part in parts)))
-        self._owed, self._written = [], 0
-        self._cursor.zero_()
 
     def _resize(self, capacity: int) -> None:
         shape = (capacity, len(self.layers), self.slots)
         with torch.inference_mode(False):  # it outlives whatever mode the caller is in
             self._rings = [torch.empty(shape, dtype=kind, device=self.device) for kind in self._types]
             self._cursor = torch.zeros(1, dtype=torch.int64, device=self.device)
-            self._count = torch.arange(capacity, device=self.device)
         self.capacity = capacity
 
     @property
