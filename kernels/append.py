@@ -6,13 +6,14 @@ workbench/codec.py to the byte: a vector becomes `codes`, and for most of them `
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 ELEMENTS = 1024  # of queries, that one program turns
-KINDS = {"Float": "float", "Tiles": "tiles", "Codes": "codes", "Groups": "groups"}  # codecs of codec.py, by class
+LIMIT = 4096  # elements of a row that a program keeps in registers
 HALFWAY = tl.constexpr(12582912.0)  # 1.5 * 2^23: added and taken away again it leaves the nearest whole number, or even
 TINY = tl.constexpr(2.0**-24)  # the smallest fp16
 
@@ -40,13 +41,13 @@ def _codes(x, unit, MOST: tl.constexpr):
 
 
 @triton.jit
-def _grouped(x, MOST: tl.constexpr, whole, largest):
-    """codec.Groups: codes of x [n, group] and scales [n, 1] of 1 to 255 parts of `whole`: the best of six steps."""
+def _grouped(x, largest, whole, MOST: tl.constexpr):
+    """codec.Groups: codes of x [n, group], scales [n, 1] of 1 to 255 parts of `whole`; largest: scales wanted."""
     for step in tl.static_range(6):
         # 1.0, 0.95, ... 0.75, each rounded once
-        wanted = tl.div_rn(largest * ((20 - step) / 20), whole) * 255
+        wanted = tl.div_rn(largest * ((20 - step) / 20.1), whole) * 255
         part = tl.minimum(tl.maximum(tl.ceil(wanted), 1), 255)
-        unit = tl.div_rn(part, tl.full(part.shape, 255, tl.float32)) * whole
+        unit = tl.div_rn(part, 255.0) * whole
         tried = _codes(x, unit, MOST)
         off = tried * unit - x
         error = tl.sum(off * off, 1, keep_dims=True)
@@ -95,11 +96,10 @@ def _pack(
         kind = codes_ptr.dtype.element_ty
         tl.store(codes_ptr + row * STRIDE + FIRST + offsets, x.to(kind), mask=offsets < WIDTH)
     elif KIND == "codes":
-        largest = _largest(tl.reshape(x, [1, BLOCK]), 1)
-        whole = _half(tl.div_rn(largest, tl.full(largest.shape, MOST, tl.float32)))  # [1]
-        codes = _codes(x, tl.broadcast_to(whole, [BLOCK]), MOST)
+        whole = _half(tl.div_rn(_largest(x, 0), 1.0 * MOST))
+        codes = _codes(x, whole, MOST)
         _store_bits(codes_ptr, row, codes.to(tl.int32) + MOST, WIDTH, BITS, PER)
-        tl.store(scales_ptr + row + tl.arange(0, 1), whole.to(tl.float16))
+        tl.store(scales_ptr + row, whole.to(tl.float16))
     else:
         PARTS: tl.constexpr = BLOCK // SIZE
         USED: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
@@ -107,15 +107,213 @@ def _pack(
         groups = tl.reshape(x, [PARTS, SIZE])
         largest = _largest(groups, 1)[:, None]
         if KIND == "tiles":
-            scale = tl.div_rn(largest, tl.full(largest.shape, 448, tl.float32))
+            scale = tl.div_rn(largest, 448.0)
             scale = tl.where(scale < 1e-12, 1e-12, scale)
-            values = tl.reshape(tl.div_rn(groups, tl.broadcast_to(scale, groups.shape)), [BLOCK])
+            values = tl.reshape(tl.div_rn(groups, scale), [BLOCK])
             tl.store(codes_ptr + row * WIDTH + offsets, values.to(tl.float8e4nv), mask=offsets < WIDTH)
             tl.store(scales_ptr + row * USED + parts, scale, mask=parts < USED)
         else:
-            largest = tl.div_rn(largest, tl.full(largest.shape, MOST, tl.float32))
-            whole = _half(_largest(largest, 0)[:, None])  # [1, 1]
-            codes, scale = _grouped(groups, MOST, tl.broadcast_to(whole, largest.shape), largest)
+            whole = _half(tl.div_rn(_largest(x, 0), 1.0 * MOST))
+            codes, scale = _grouped(groups, tl.div_rn(largest, 1.0 * MOST), whole, MOST)
             _store_bits(codes_ptr, row, tl.reshape(codes, [BLOCK]).to(tl.int32) + MOST, WIDTH, BITS, PER)
             tl.store(scales_ptr + row * USED + parts, scale.to(tl.uint8), mask=parts < USED)
-            tl.store(whole_ptr + row + tl.zeros([1, 1], tl.int32), whole.to(tl.float16))
+            tl.store(whole_ptr + row, whole.to(tl.float16))
+
+
+@triton.jit
+def _turned(x, rotations_ptr, WIDTH: tl.constexpr):
+    """x [n, BLOCK] fp32 by the rotations of one token: neighbouring pairs are complex numbers, and so are those."""
+    ROWS: tl.constexpr = x.shape[0]
+    PAIRS: tl.constexpr = x.shape[1] // 2
+    at = tl.arange(0, PAIRS)
+    cosine = tl.load(rotations_ptr + 2 * at, mask=2 * at < WIDTH, other=0.0)[None]
+    sine = tl.load(rotations_ptr + 2 * at + 1, mask=2 * at < WIDTH, other=0.0)[None]
+    real, imaginary = tl.split(tl.reshape(x, [ROWS, PAIRS, 2]))
+    both = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
+    return tl.reshape(both, [ROWS, 2 * PAIRS])
+
+
+@triton.jit
+def append_kernel(
+    position_ptr, compressed_ptr, norm_ptr, rotations_ptr, turned_ptr, table_ptr, before_ptr,
+    latent_ptr, latent_scales_ptr, latent_whole_ptr, rope_ptr, rope_scales_ptr, rope_whole_ptr,
+    position_b, position_t, position_h, compressed_b, compressed_t, rotations_b, rotations_t, turned_b, turned_t,
+    table_b, heads, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr,
+    LATENT_KIND: tl.constexpr, LATENT_BITS: tl.constexpr, LATENT_SIZE: tl.constexpr, LATENT_PER: tl.constexpr,
+    ROPE_KIND: tl.constexpr, ROPE_BITS: tl.constexpr, ROPE_SIZE: tl.constexpr, ROPE_PER: tl.constexpr,
+    LATENT_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, ROPE_FIRST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    token, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    kind = compressed_ptr.dtype.element_ty
+    rotations_ptr += sequence * rotations_b + token.to(tl.int64) * rotations_t
+    if tl.program_id(2) == 0:  # the row
+        place = tl.load(before_ptr + sequence) + token
+        row = tl.load(table_ptr + sequence * table_b + place // 64).to(tl.int64) * 64 + place % 64
+        compressed_ptr += sequence * compressed_b + token.to(tl.int64) * compressed_t
+
+        at = tl.arange(0, BLOCK_C)
+        x = tl.load(compressed_ptr + at, mask=at < C, other=0.0).to(tl.float32)
+        weight = tl.load(norm_ptr + at, mask=at < C, other=0.0).to(tl.float32)
+        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, 0), 1.0 * C) + eps))
+        # rounded before the weight and after it, as the reference does
+        latent = ((x * scale).to(kind).to(tl.float32) * weight).to(kind).to(tl.float32)
+        _pack(
+            latent, row, latent_ptr, latent_scales_ptr, latent_whole_ptr,
+            LATENT_KIND, LATENT_BITS, LATENT_SIZE, LATENT_PER, C, LATENT_STRIDE, 0,
+        )  # fmt: skip
+
+        beside = tl.arange(0, BLOCK_K)
+        key = tl.load(compressed_ptr + C + beside, mask=beside < R, other=0.0).to(tl.float32)
+        key = tl.reshape(_turned(key[None], rotations_ptr, R), [BLOCK_K]).to(kind).to(tl.float32)
+        _pack(
+            key, row, rope_ptr, rope_scales_ptr, rope_whole_ptr,
+            ROPE_KIND, ROPE_BITS, ROPE_SIZE, ROPE_PER, R, ROPE_STRIDE, ROPE_FIRST,
+        )  # fmt: skip
+    else:  # some heads of the queries
+        head = (tl.program_id(2) - 1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+        width = tl.arange(0, BLOCK_R)[None]
+        inside = (head < heads) & (width < R)
+        position_ptr += sequence * position_b + token.to(tl.int64) * position_t
+        turned_ptr += sequence * turned_b + token.to(tl.int64) * turned_t
+        query = tl.load(position_ptr + head * position_h + width, mask=inside, other=0.0).to(tl.float32)
+        query = _turned(query, rotations_ptr, R).to(turned_ptr.dtype.element_ty)
+        tl.store(turned_ptr + head * R + width, query, mask=inside)
+
+
+class Stored(NamedTuple):
+    """How a codec of codec.py stores a vector: what the kernel has to know when it is compiled."""
+
+    kind: str
+    bits: int = 8
+    size: int = 1  # elements of a tile or group
+    parts: int = 1
+
+    @property
+    def per(self) -> int:
+        """Codes that fill whole bytes together."""
+        return 8 // math.gcd(self.bits, 8)
+
+    def block(self, width: int) -> int:
+        """Elements a program holds."""
+        return max(triton.next_power_of_2(width), self.size, self.per)
+
+
+def stored(codec) -> Stored | None:
+    """Of a codec of codec.py; None for another."""
+    match type(codec).__name__:
+        case "Float":
+            return Stored("float")
+        case "Tiles":
+            return Stored("tiles", size=codec.tile, parts=2)
+        case "Codes":
+            return Stored("codes", bits=codec.bits, parts=2)
+        case "Groups":
+            return Stored("groups", bits=codec.bits, size=codec.group, parts=3)
+    return None
+
+
+@cache
+def plan(format, latent: int, rope: int) -> tuple[dict, tuple[int | None, ...]] | None:
+    """For rows of these widths the kernel's constants, and which part of the format each of its six pointers is.
+
+    None for a format it was not written for.
+    """
+    if type(format).__name__ == "Plain":  # one part holds both
+        both, strides, first, places = (Stored("float"),) * 2, (latent + rope,) * 2, latent, (0, None, None) * 2
+    else:
+        both = stored(getattr(format, "latent", None)), stored(getattr(format, "rope", None))
+        if None in both or any(one.size & (one.size - 1) for one in both):
+            return None
+        strides, first = (latent, rope), 0
+        ahead = both[0].parts
+        places = tuple(start + n if n < one.parts else None for start, one in zip((0, ahead), both) for n in range(3))
+    constants = {"BLOCK_C": both[0].block(latent), "BLOCK_K": both[1].block(rope), "ROPE_FIRST": first}
+    for name, one, stride in zip(("LATENT", "ROPE"), both, strides):
+        constants |= {f"{name}_KIND": one.kind, f"{name}_BITS": one.bits, f"{name}_SIZE": one.size}
+        constants |= {f"{name}_PER": one.per, f"{name}_STRIDE": stride}
+    return constants, places
+
+
+@cache
+def _has_fp8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def refuses(position, compressed, norm, rotations, latents, before, eps: float) -> str | None:
+    """Why this call is left to the reference; None if the kernel takes it."""
+    if latents.format.recent:
+        return "the format keeps recent tokens wide beside their rows"
+    if plan(latents.format, *latents.row) is None:
+        return f"no kernel packs the format {latents.format.name}"
+    if any(part.dtype == torch.float8_e4m3fn for part in latents.parts) and not _has_fp8(position.device):
+        return "this GPU has no 8-bit floats"
+    kinds = {position.dtype, compressed.dtype, norm.dtype}
+    if len(kinds) > 1 or not kinds <= {torch.float32, torch.bfloat16}:
+        return f"queries, rows and norm are {', '.join(map(str, kinds))}; they must be all float32 or all bfloat16"
+    if rotations.dtype != torch.float32 or rotations.shape[-1] != 2 or rotations.stride()[-2:] != (2, 1):
+        return "rotations are not pairs of float32, cosine and sine, next to each other"
+    latent, rope = latents.row
+    if (position.shape[-1], compressed.shape[-1]) != (rope, latent + rope) or rope % 2:
+        return f"widths {position.shape[-1]} and {compressed.shape[-1]} are not those of a row of {latent} and {rope}"
+    if latent > LIMIT or rope > LIMIT:
+        return f"a row of {latent} and {rope} elements is wider than {LIMIT}"
+    if position.stride(-1) != 1 or compressed.stride(-1) != 1 or latents.table.stride(-1) != 1:
+        return "elements of a vector are not next to each other"
+    if not (norm.is_contiguous() and before.is_contiguous() and all(part.is_contiguous() for part in latents.parts)):
+        return "the cache, the norm or the lengths have gaps"
+    if before.dtype != torch.int32 or latents.table.dtype != torch.int32:
+        return "tables and lengths are not int32"
+    return None
+
+
+def launch(
+    position: torch.Tensor,
+    compressed: torch.Tensor,
+    norm: torch.Tensor,
+    rotations: torch.Tensor,
+    latents,
+    before: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Writes the rows of new tokens and turns their queries, in one launch: [B, T, H, R] turned.
+
+    position [B, T, H, R], compressed [B, T, W]: both before rotation, and the latent before its norm [C]; rotations
+    fp32 [B, T, R / 2, 2]: cosine, sine; latents: pages.Latents; before int32 [B]: tokens there already.
+    """
+    batch, new, heads, rope = position.shape
+    turned = torch.empty(position.shape, dtype=position.dtype, device=position.device)
+    constants, places = plan(latents.format, *latents.row)
+    block = triton.next_power_of_2(rope)
+    some = min(max(ELEMENTS // block, 1), triton.next_power_of_2(heads))
+    parts = (None if place is None else latents.parts[place] for place in places)
+    append_kernel[(new, batch, 1 + triton.cdiv(heads, some))](
+        position, compressed, norm, rotations, turned, latents.table, before,
+        *parts,
+        *position.stride()[:3], *compressed.stride()[:2], *rotations.stride()[:2], *turned.stride()[:2],
+        latents.table.stride(0),
+        heads, eps,
+        C=latents.row[0], R=rope, BLOCK_R=block, BLOCK_H=some, **constants,
+        num_warps=4,
+    )  # fmt: skip
+    return turned
+
+
+def work(position, compressed, norm, rotations, latents, before, eps: float) -> tuple[int, int]:
+    """The least bytes moved and operations done: a norm takes four for each element, a turn three."""
+    rows = compressed.shape[0] * compressed.shape[1] * sum(part.shape[1] * part.itemsize for part in latents.parts)
+    read = position.nbytes + compressed.nbytes + norm.nbytes + rotations.nbytes + 8 * len(before)
+    return read + position.nbytes + rows, 4 * compressed.numel() + 3 * position.numel()
+
+
+# format, type, sequences, tokens, heads, latent and rotary width: every format at V2's width, pocket's, odd ones
+EXAMPLES = (
+    *((name, torch.bfloat16, 3, 1, 16, 512, 64) for name in ("fp32", "bf16", "fp8", "int8", "q6", "int6", "int4")),
+    *((name, torch.float32, 1, 2, 16, 512, 64) for name in ("fp32", "bf16", "fp8", "int8", "q6", "int6", "int4")),
+    ("bf16", torch.bfloat16, 1, 1, 128, 512, 64),
+    ("q6", torch.bfloat16, 1, 1, 128, 512, 64),
+    ("fp32", torch.float32, 3, 5, 8, 64, 16),
+    ("q6", torch.bfloat16, 3, 5, 8, 64, 16),
+    ("int8", torch.float32, 1, 5, 5, 48, 16),
+)

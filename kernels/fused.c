@@ -1,4 +1,4 @@
-/* One forward pass of a model with plain weights, on the processor. `workbench/compiled.py` compiles this file,
+/* One forward pass of a model with plain weights and any cache, on the processor. `workbench/compiled.py` compiles this file,
 `workbench/fused.py` calls it; what is computed is `Model.forward` of `workbench/model.py`, always in the absorbed form.
 
 A small model spends its time between operations: pocket's weights pass through a core in a tenth of the time that
@@ -21,13 +21,8 @@ chosen, I expert width. */
 #include <string.h>
 #include <time.h>
 
-#include "numbers.h"
+#include "rows.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#define BLOCK 64     /* rows of a block of the cache, keys that are read together */
 #define TOGETHER 36  /* tokens that meet a row of weights while it is near */
 #define QUERIES 32   /* tokens of one head that read the cache together */
 #define NEAR 8       /* rows of weights that all tokens meet before the next are read */
@@ -37,10 +32,6 @@ chosen, I expert width. */
 #define IDLE 200000  /* nanoseconds after which a thread without a task sleeps */
 #define PATIENCE 300000 /* and before the processor is given away for want of the last tasks */
 #define THREADS 64
-
-typedef float Lanes __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
 
 typedef struct { /* [rows, width], row after row; at is NULL where there is none */
     const void *at;
@@ -69,9 +60,13 @@ typedef struct {
     int64_t sequences, new;   /* B, T */
     const int64_t *before;    /* [B] tokens in the cache */
     const float *rotations;   /* [N, R / 2, 2] cosine, sine */
-    int64_t cache_bf16, most; /* type of the rows; blocks of the longest sequence */
-    void *const *pool;        /* [layers] rows [any, W] */
+    Form form;
+    int64_t in_place, most;   /* whether plain rows may be read where they are; blocks of the longest sequence */
+    void *const *pool;        /* [layers, parts of a row], each [any, its width] */
     const int64_t *table;     /* [B, most] where block by block a sequence is */
+    int64_t recent;           /* the last tokens of a sequence, in bf16 beside their packed rows; 0 where there are none */
+    void *const *windows;     /* [layers, B] of them, each [recent, W]: position p is at p % recent */
+    const int64_t *since;     /* [B] the first position that is there */
     float *x;                 /* [N, D] embedded tokens; in the end the residual stream */
     int64_t *ids;             /* [MoE layers, N, K] */
     float *gates, *scores;    /* [MoE layers, N, K] and [MoE layers, N, K + 1] */
@@ -83,95 +78,6 @@ typedef struct { /* of a pass, see `fused_room` */
     float *normed, *down, *query, *row, *z, *added, *inner, *probs, *one, *outputs, *mine;
     int64_t *order, *first, private;
 } Room;
-
-ALWAYS int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* ---- numbers ---- */
-
-ALWAYS float from_half(uint16_t bits) {
-    uint32_t word = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &word, 4);
-    return value;
-}
-
-ALWAYS uint16_t to_half(float value) { /* to the nearest, ties to even; not a number stays that */
-    uint32_t word;
-    memcpy(&word, &value, 4);
-    if ((word & 0x7fffffff) > 0x7f800000)
-        return word >> 16 | 64;
-    return (word + 0x7fff + (word >> 16 & 1)) >> 16;
-}
-
-ALWAYS float rounded(float value, int bf16) { return bf16 ? from_half(to_half(value)) : value; }
-
-ALWAYS Lanes load(const void *at, int64_t i, int bf16) {
-    if (!bf16) {
-        Lanes v;
-        memcpy(&v, (const float *)at + i, 64);
-        return v;
-    }
-    Halves h;
-    memcpy(&h, (const uint16_t *)at + i, 32);
-    return (Lanes)(__builtin_convertvector(h, Words) << 16);
-}
-
-ALWAYS Lanes load_some(const void *at, int64_t i, int64_t count, int bf16) { /* zeros beyond the count */
-    float some[16] = {0};
-    for (int64_t k = 0; k < count; k++)
-        some[k] = bf16 ? from_half(((const uint16_t *)at)[i + k]) : ((const float *)at)[i + k];
-    return load(some, 0, 0);
-}
-
-ALWAYS float one_of(const void *at, int64_t i, int bf16) {
-    return bf16 ? from_half(((const uint16_t *)at)[i]) : ((const float *)at)[i];
-}
-
-ALWAYS Lanes add_product(Lanes sum, Lanes a, Lanes b) {
-#ifdef __AVX512F__
-    return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#else
-    return sum + a * b;
-#endif
-}
-
-/* The sums of the lanes of four, each in the same order. */
-ALWAYS void totals(Lanes a, Lanes b, Lanes c, Lanes d, float *to) {
-#ifdef __AVX512F__
-    const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
-    const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
-    const __m512d u = (__m512d)x, v = (__m512d)y;
-    const __m512 z = _mm512_add_ps((__m512)_mm512_unpacklo_pd(u, v), (__m512)_mm512_unpackhi_pd(u, v));
-    const __m256 both = _mm256_add_ps(_mm512_castps512_ps256(z), (__m256)_mm512_extractf64x4_pd((__m512d)z, 1));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
-#else
-    const Lanes each[4] = {a, b, c, d};
-    for (int i = 0; i < 4; i++) {
-        float sum = 0;
-        for (int k = 0; k < 16; k++)
-            sum += each[i][k];
-        to[i] = sum;
-    }
-#endif
-}
-
-ALWAYS float total(Lanes v) {
-    float four[4];
-    totals(v, v, v, v, four);
-    return four[0];
-}
-
-ALWAYS Lanes larger(Lanes a, Lanes b) {
-#ifdef __AVX512F__
-    return (Lanes)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-    for (int k = 0; k < 16; k++)
-        a[k] = b[k] > a[k] ? b[k] : a[k];
-    return a;
-#endif
-}
-
-ALWAYS Lanes all(float value) { return value - (Lanes){0}; }
 
 /* ---- products ---- */
 
@@ -548,25 +454,52 @@ static void gated(const Weight *w, int bf16, int64_t base, int64_t inner, int64_
 
 /* ---- attention ---- */
 
-ALWAYS void *row_of(const Net *net, const Pass *pass, int64_t layer, int64_t b, int64_t block) {
-    const int64_t row = pass->table[b * pass->most + block] * BLOCK, width = net->latent + net->rope;
-    return (char *)pass->pool[layer] + row * width * (pass->cache_bf16 ? 2 : 4);
+ALWAYS void *const *parts_in(const Pass *pass, int64_t layer) {
+    return pass->pool + layer * (parts_of(&pass->form.latent) + parts_of(&pass->form.rope));
+}
+
+ALWAYS int64_t first_row(const Pass *pass, int64_t b, int64_t block) { return pass->table[b * pass->most + block] * BLOCK; }
+
+ALWAYS uint16_t *wide_row(const Pass *pass, int64_t layer, int64_t b, int64_t position, int64_t width) {
+    return (uint16_t *)pass->windows[layer * pass->sequences + b] + position % pass->recent * width;
 }
 
 /* Normed latent and turned key of token i, put into the cache. */
 static void keep(const Net *net, const Layer *l, const Pass *pass, const Room *room, int64_t layer, int64_t i) {
     const int64_t b = i / pass->new, at = pass->before[b] + i % pass->new, width = net->latent + net->rope;
     const float *from = room->down + i * l->down.rows + l->down.rows - width;
+    const Form *form = &pass->form;
+    void *const *parts = parts_in(pass, layer);
     float *row = room->row + i * width;
     norm(from, l->kv_norm, net->latent, net->eps, net->bf16, row);
     memcpy(row + net->latent, from + net->latent, 4 * net->rope);
     turn(row + net->latent, pass->rotations + i * net->rope, net->rope, net->bf16);
-    void *to = row_of(net, pass, layer, b, at / BLOCK);
-    for (int64_t k = 0; k < width; k++)
-        if (pass->cache_bf16)
-            ((uint16_t *)to)[at % BLOCK * width + k] = to_half(row[k]);
-        else
-            ((float *)to)[at % BLOCK * width + k] = row[k];
+    const int64_t to = first_row(pass, b, at / BLOCK) + at % BLOCK;
+    pack_vector(&form->latent, row, parts, to);
+    pack_vector(&form->rope, row + form->latent.width, parts + parts_of(&form->latent), to);
+    if (pass->recent && at >= pass->since[b])
+        for (int64_t k = 0; k < width; k++)
+            wide_row(pass, layer, b, at, width)[k] = to_half(row[k]);
+}
+
+/* The rows of a block of sequence b as they are read: where they are, or in fp32 in `own`. */
+static const void *keys_of(const Run *run, int64_t b, int64_t start, int64_t count, float *own) {
+    const Net *net = run->net;
+    const Pass *pass = run->pass;
+    const Codec *latent = &pass->form.latent, *rope = &pass->form.rope;
+    const int64_t width = net->latent + net->rope, first = first_row(pass, b, start / BLOCK);
+    void *const *parts = parts_in(pass, run->layer);
+    if (pass->in_place)
+        return (const char *)parts[0] + first * part_bytes(latent, 0);
+    const int64_t packed = pass->recent ? least(count, most_of(0, pass->since[b] - start)) : count;
+    unpack_vectors(latent, parts, first, packed, own, width, net->bf16);
+    unpack_vectors(rope, parts + parts_of(latent), first, packed, own + latent->width, width, net->bf16);
+    for (int64_t r = packed; r < count; r++) {
+        const uint16_t *wide = wide_row(pass, run->layer, b, start + r, width);
+        for (int64_t k = 0; k < width; k++)
+            own[r * width + k] = from_half(wide[k]);
+    }
+    return own;
 }
 
 /* Scores of one query with a block of keys, of which it sees `seen`, become weights; what was summed before by weights
@@ -614,7 +547,8 @@ static void heads_task(const Run *run, int64_t b, int64_t first_head, int64_t he
     const int64_t queries = heads * n, past = pass->before[b] + from; /* position of the first of these tokens */
     const char *up = (const char *)l->kv_up.at + first_head * per_head * C * (bf16 ? 2 : 4);
     float *query = own, *lifted = query + QUERIES * asked, *scores = lifted + QUERIES * W, *out = scores + QUERIES * BLOCK;
-    float *largest = out + QUERIES * C, *sums = largest + QUERIES;
+    float *largest = out + QUERIES * C, *sums = largest + QUERIES, *keys = sums + QUERIES;
+    const int narrow = pass->in_place && pass->form.latent.kind == BF16;
     const float *in[QUERIES];
     float *ends[QUERIES];
     memset(lifted, 0, 4 * queries * W);
@@ -643,11 +577,11 @@ static void heads_task(const Run *run, int64_t b, int64_t first_head, int64_t he
     }
     for (int64_t start = 0; start < past + n; start += BLOCK) {
         const int64_t count = least(BLOCK, past + n - start);
-        const void *rows = row_of(net, pass, run->layer, b, start / BLOCK);
-        product(rows, pass->cache_bf16, W, in, queries, 0, count, ends);
+        const void *rows = keys_of(run, b, start, count, keys);
+        product(rows, narrow, W, in, queries, 0, count, ends);
         for (int64_t q = 0; q < queries; q++)
             weigh(ends[q], least(count, past + q % n + 1 - start), net->scale, C, largest + q, sums + q, out + q * C);
-        mix(scores, BLOCK, queries, rows, pass->cache_bf16, W, count, C, out, C);
+        mix(scores, BLOCK, queries, rows, narrow, W, count, C, out, C);
     }
     for (int64_t h = 0; h < heads; h++) {
         for (int64_t t = 0; t < n; t++) {
@@ -869,8 +803,15 @@ static void feed(Run *run, int shared) {
 
 /* ---- a layer, after its rows are in the cache ---- */
 
-/* Heads that read the cache together: with a single token each, so that a row is read once for some of them. */
-ALWAYS int64_t heads_each(const Run *run) { return run->pass->new == 1 ? least(4, run->net->heads) : 1; }
+/* Heads that read the cache together: of a single token some, so that a row is read once for them; where rows have to be
+unpacked, as many as may be, as long as every thread has a task. */
+ALWAYS int64_t heads_each(const Run *run) {
+    const Pass *pass = run->pass;
+    const int64_t heads = run->net->heads, groups = pass->sequences < 4 * run->threads ? run->threads : 1;
+    if (pass->in_place)
+        return pass->new == 1 ? least(4, heads) : 1;
+    return most_of(1, least(upto(heads, groups), QUERIES / least(pass->new, QUERIES)));
+}
 
 ALWAYS int64_t heads_tasks(const Run *run) {
     return run->pass->sequences * upto(run->pass->new, QUERIES) * upto(run->net->heads, heads_each(run));
@@ -934,7 +875,7 @@ static int64_t arrange(const Net *net, int64_t n, int threads, float *at, Room *
         one = most_of(one, l->experts_down.width);
     }
     const int64_t asked = net->content + net->rope, W = net->latent + net->rope;
-    const int64_t head = QUERIES * (asked + W + BLOCK + net->latent + 2);
+    const int64_t head = QUERIES * (asked + W + BLOCK + net->latent + 2) + BLOCK * W + 16;
     room->private = upto(most_of(head, most_of(2 * TOGETHER * ROWS, CHUNK / 2)), 16) * 16;
 #define PART(name, count) room->name = at + used, used += upto(count, 16) * 16
     PART(normed, n * net->hidden);

@@ -8,7 +8,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from workbench.arguments import SAMPLING, parser
+from workbench.arguments import BENCHES, SAMPLING, parser
 from workbench.errors import RequestError, WorkbenchError
 
 
@@ -206,17 +206,6 @@ def _eval(options: argparse.Namespace) -> int:
         (bench.path / "exam.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result.to_dict(), ensure_ascii=False, indent=2) if options.json else result)
     return 0
-
-
-# what each benchmark can be told beside --checkpoint, --dtype and --threads
-BENCHES = {
-    "cpu": ("shape", "rounds", "llama"),
-    "probes": ("shape", "rounds", "context"),
-    "cache": ("rounds", "formats", "quick"),
-    "schemes": ("quick",),
-    "weights": ("quick", "recipes"),
-    "offload": ("rounds", "context", "ram", "vram", "device", "cache", "prompt", "tokens", "llama", "gguf"),
-}
 
 
 def _bench(options: argparse.Namespace) -> int:

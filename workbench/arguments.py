@@ -5,6 +5,19 @@ from pathlib import Path
 
 from workbench import __version__
 
+# what each benchmark can be told beside --checkpoint, --dtype and --threads
+BENCHES = {
+    "cpu": ("shape", "rounds", "llama"),
+    "kernels": ("rounds", "device", "only"),
+    "decode": ("shape", "rounds", "context", "device", "cache"),
+    "prefill": ("shape", "rounds", "context", "device"),
+    "batch": ("shape", "rounds", "context", "device", "cache"),
+    "probes": ("shape", "rounds", "context"),
+    "cache": ("rounds", "formats", "quick"),
+    "schemes": ("quick",),
+    "weights": ("quick", "recipes"),
+    "offload": ("rounds", "context", "ram", "vram", "device", "cache", "prompt", "tokens", "llama", "gguf"),
+}
 SAMPLING = {"temperature": float, "top_p": float, "max_tokens": int, "seed": int}
 
 
@@ -101,18 +114,21 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true")
 
     bench = commands.add_parser(
-        "bench", help="measure: this machine against transformers, what looking costs, what cache formats save and cost"
+        "bench", help="measure: speed beside limits and peers, what looking costs, what formats save and cost"
     )
-    bench.add_argument("what", choices=["cpu", "probes", "cache", "schemes", "weights", "offload"])
+    bench.add_argument("what", choices=BENCHES)
     bench.add_argument("--checkpoint", type=Path, help="a directory in the Hugging Face layout; pocket if not given")
     bench.add_argument(
-        "--shape", choices=["28m", "200m"], default=argparse.SUPPRESS, help="random weights of about this size instead"
+        "--shape",
+        choices=["28m", "200m", "v2-lite-slice", "v2-lite", "v2"],
+        default=argparse.SUPPRESS,
+        help="random weights of this shape instead; the slice has 4 layers of V2-Lite, the last two are made on a GPU",
     )
     bench.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     bench.add_argument("--threads", type=int, help="all cores if not given")
     bench.add_argument("--rounds", type=int, default=argparse.SUPPRESS, help="more settle what noise leaves open")
     bench.add_argument(
-        "--context", type=int, default=argparse.SUPPRESS, help="of probes and offload: tokens in the cache"
+        "--context", type=int, default=argparse.SUPPRESS, help="tokens in the cache; of prefill: of the prompt"
     )
     bench.add_argument("--formats", nargs="+", default=argparse.SUPPRESS, help='of cache: such as bf16 q6 "q6+128"')
     bench.add_argument(
@@ -124,8 +140,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--recipes", nargs="+", default=argparse.SUPPRESS, help="of weights: int4 int4+compensated ...")
     bench.add_argument("--ram", default=argparse.SUPPRESS, help="of offload: the hard limit, 4GB if not given")
     bench.add_argument("--vram", default=argparse.SUPPRESS, help="of offload: a limit of GPU memory beside it")
-    bench.add_argument("--device", default=argparse.SUPPRESS, help="of offload: cpu or cuda")
-    bench.add_argument("--cache", default=argparse.SUPPRESS, help="of offload: how the cache is stored, such as q6")
+    bench.add_argument("--device", choices=["cpu", "cuda"], default=argparse.SUPPRESS)
+    bench.add_argument("--cache", default=argparse.SUPPRESS, help="how the cache is stored, such as q6")
+    bench.add_argument("--only", nargs="+", default=argparse.SUPPRESS, help="of kernels: these files")
     bench.add_argument("--prompt", type=int, default=argparse.SUPPRESS, help="of offload: tokens of each prompt")
     bench.add_argument("--tokens", type=int, default=argparse.SUPPRESS, help="of offload: of each answer")
     bench.add_argument(

@@ -224,14 +224,19 @@ def _gpu(device: str) -> torch.device | None:
     return found
 
 
+def reads() -> Rate:
+    """From main memory, with as many threads as torch uses."""
+    block = torch.ones(min(LARGE, psutil.virtual_memory().available // 8) // 4)  # larger than the processor's caches
+    return Rate(torch.get_num_threads(), tuple(_reads(block, ROUNDS)))
+
+
 def _memory() -> tuple[Rate, ...]:
     threads = torch.get_num_threads()
-    block = torch.ones(min(LARGE, psutil.virtual_memory().available // 8) // 4)  # larger than the processor's caches
     try:
         rates = []
         for count in sorted({1, threads}):
             torch.set_num_threads(count)
-            rates.append(Rate(count, tuple(_reads(block, ROUNDS))))
+            rates.append(reads())
     finally:
         torch.set_num_threads(threads)
     return tuple(rates)

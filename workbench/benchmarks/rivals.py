@@ -63,7 +63,8 @@ class Ours:
 class Transformers:
     """DeepseekV2ForCausalLM with its own cache of latents, called directly: its `generate` would only add to it."""
 
-    def __init__(self, path: Path, dtype: torch.dtype):
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device | str = "cpu", random: bool = False):
+        """`random`: of the config only, with weights drawn on the device, for speed alone."""
         try:
             import transformers  # noqa: PLC0415 - the rival, not a dependency
         except ImportError:
@@ -73,8 +74,13 @@ class Transformers:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.version, self.new_cache = transformers.__version__, transformers.DynamicCache
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        self.model = load(path, dtype=dtype, local_files_only=True).eval()
+        kind = transformers.AutoModelForCausalLM
+        if random:
+            with torch.device(device):
+                config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+                self.model = kind.from_config(config, dtype=dtype).eval()
+        else:
+            self.model = kind.from_pretrained(path, dtype=dtype, local_files_only=True).eval().to(device)
 
     def settings(self, new: int) -> list[Setting]:
         """All that can run a pass of `new` tokens in reasonable memory."""

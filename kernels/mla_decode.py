@@ -1,0 +1,424 @@
+"""Absorbed latent attention of a few new tokens over a paged cache, packed or not (paper, section 2.1.2).
+
+B sequences, T new tokens, H heads, C latent, R rotary width. All rows of queries that a program holds, T x H of one
+sequence, share each tile of the cache: it is read once, unpacked in registers, and is key and value at once. Sequences
+are cut into pieces (flash decoding) so that pieces fill the device, and a second kernel adds up those of one sequence.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+PAGE = tl.constexpr(64)  # rows of the pool that lie together
+LOWEST = tl.constexpr(-1e38)  # below every score, and finite: differences of it are numbers
+EXACT = tl.constexpr(0x4B000000)  # 2^23 as fp32: a code in its lowest bits is added to it
+LEAST = 128  # rows of the cache that are worth a program of their own
+PROGRAMS = 1  # of each multiprocessor, at most
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def cut(ends_ptr, batch, wanted, BATCH: tl.constexpr, LEAST: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BATCH] each: tiles of every sequence, pieces it is cut into, number of the piece after its last."""
+    each = tl.arange(0, BATCH)
+    ends = tl.load(ends_ptr + each, mask=each < batch, other=0)
+    tiles = (ends + BLOCK_N - 1) // BLOCK_N
+    most = tl.maximum((tl.sum(tiles, 0) + wanted - 1) // wanted, LEAST)  # tiles of a piece
+    pieces = (tiles + most - 1) // most
+    return tiles, pieces, tl.cumsum(pieces, 0)
+
+
+@triton.jit
+def at(values, index, BATCH: tl.constexpr):
+    """The element of values [BATCH] at index."""
+    return tl.sum(tl.where(tl.arange(0, BATCH) == index, values, 0), 0)
+
+
+@triton.jit
+def coded(codes_ptr, row, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Codes of BITS bits, lowest bit first, less their middle, fp32 [BLOCK_N, BLOCK_W], of the rows from `row` on.
+
+    A run of codes that fills whole bytes lies in one 32-bit word or two: each is loaded once.
+    """
+    RUN: tl.constexpr = 4 if BITS >= 8 else 8
+    BYTES: tl.constexpr = RUN * BITS // 8
+    PITCH: tl.constexpr = WIDTH * BITS // 8
+    runs = tl.arange(0, BLOCK_W // RUN)
+    start = tl.arange(0, BLOCK_N)[:, None] * PITCH + runs[None, :] * BYTES
+    base_ptr = codes_ptr + row * PITCH // 4  # BLOCK_N rows fill whole words, whatever WIDTH is
+    inside = tl.broadcast_to((runs < WIDTH // RUN)[None, :], start.shape)
+    shifts = BITS * tl.arange(0, RUN)
+    if BYTES == 4:
+        words = tl.load(base_ptr + start // 4, mask=inside, other=0)
+        codes = words[:, :, None] >> shifts[None, None, :]
+    else:
+        low = tl.load(base_ptr + start // 4, mask=inside, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
+        high = tl.load(base_ptr + start // 4 + 1, mask=inside, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
+        words = (low | (high << 32)) >> (8 * (start % 4)).to(tl.uint64)
+        codes = (words[:, :, None] >> shifts[None, None, :].to(tl.uint64)).to(tl.int32)
+    exact = (codes & (2**BITS - 1)) | EXACT
+    values = exact.to(tl.float32, bitcast=True) - (8388608.0 + 2 ** (BITS - 1) - 1)  # cheaper than a conversion
+    return values.reshape(BLOCK_N, BLOCK_W)
+
+
+@triton.jit
+def unpacked(
+    values_ptr,
+    part_ptr,
+    whole_ptr,
+    pitch,
+    row,
+    inside,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The rows [BLOCK_N, BLOCK_W] from `row` on, fp32 if they were packed; zeros where they are not `inside`.
+
+    BITS 0: floats, with an fp32 scale for each GROUP if there is one; otherwise codes, each row with one scale, of which
+    each GROUP, if there is one, takes a part in 255.
+    """
+    rows = tl.arange(0, BLOCK_N)
+    if BITS == 0 and GROUP == 0:
+        columns = tl.arange(0, BLOCK_W)
+        mask = inside[:, None] & (columns < WIDTH)[None, :]
+        values = tl.load(values_ptr + row * pitch + rows[:, None] * pitch + columns[None, :], mask=mask, other=0.0)
+    elif BITS == 0:
+        SIZE: tl.constexpr = min(GROUP, BLOCK_W)
+        tiles = tl.arange(0, BLOCK_W // SIZE)
+        columns = tiles[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        mask = inside[:, None, None] & (columns < WIDTH)[None, :, :]
+        packed = tl.load(values_ptr + row * pitch + rows[:, None, None] * pitch + columns[None, :, :], mask, other=0.0)
+        COUNT: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
+        mask = inside[:, None] & (tiles < COUNT)[None, :]
+        part = tl.load(part_ptr + row * COUNT + rows[:, None] * COUNT + tiles[None, :], mask=mask, other=0.0)
+        values = (packed.to(tl.float32) * part[:, :, None]).reshape(BLOCK_N, BLOCK_W)
+    else:
+        values = coded(values_ptr, row, BITS, WIDTH, BLOCK_W, BLOCK_N)
+        whole = tl.load(whole_ptr + row + rows, mask=inside, other=0.0).to(tl.float32)
+        if GROUP == 0:
+            values = values * whole[:, None]
+        else:
+            groups = tl.arange(0, BLOCK_W // GROUP)
+            COUNT: tl.constexpr = WIDTH // GROUP
+            mask = inside[:, None] & (groups < COUNT)[None, :]
+            part = tl.load(part_ptr + row * COUNT + rows[:, None] * COUNT + groups[None, :], mask=mask, other=0)
+            unit = part.to(tl.float32) * (whole / 255)[:, None]
+            values = values.reshape(BLOCK_N, BLOCK_W // GROUP, GROUP) * unit[:, :, None]
+            values = values.reshape(BLOCK_N, BLOCK_W)
+    return values
+
+
+@triton.jit
+def mla_decode_kernel(
+    content_ptr,
+    position_ptr,
+    latent_ptr,
+    latent_part_ptr,
+    latent_whole_ptr,
+    rope_ptr,
+    rope_whole_ptr,
+    table_ptr,
+    ends_ptr,
+    out_ptr,
+    pieces_ptr,
+    sums_ptr,
+    batch,
+    new,
+    heads,
+    wanted,
+    scale,
+    content_b,
+    content_t,
+    content_h,
+    position_b,
+    position_t,
+    position_h,
+    table_b,
+    latent_pitch,
+    rope_pitch,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    LATENT_BITS: tl.constexpr,
+    LATENT_GROUP: tl.constexpr,
+    ROPE_BITS: tl.constexpr,
+    BATCH: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    piece = tl.program_id(1)
+    tiles, pieces, after = cut(ends_ptr, batch, wanted, BATCH, LEAST, BLOCK_N)
+    sequence = tl.sum((after <= piece).to(tl.int32), 0)
+    if sequence >= batch:
+        return
+    tiles, pieces, after = at(tiles, sequence, BATCH), at(pieces, sequence, BATCH), at(after, sequence, BATCH)
+    each = (tiles + pieces - 1) // pieces
+    first = (piece - after + pieces) * each
+    last = tl.minimum(first + each, tiles)
+    end = tl.load(ends_ptr + sequence)
+
+    kind = content_ptr.dtype.element_ty
+    asked = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # token and head of each row
+    real = asked < new * heads
+    token, head = asked // heads, asked % heads
+    seen = end - new + token + 1  # positions that a row sees
+    wide = sequence.to(tl.int64)
+    columns, turned = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    content_ptr += wide * content_b + (token * content_t + head * content_h)[:, None]
+    content = tl.load(content_ptr + columns[None, :], mask=real[:, None] & (columns < C)[None, :], other=0.0)
+    position_ptr += wide * position_b + (token * position_t + head * position_h)[:, None]
+    position = tl.load(position_ptr + turned[None, :], mask=real[:, None] & (turned < R)[None, :], other=0.0)
+
+    largest = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    read = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for tile in range(first, last):
+        start = tile * BLOCK_N
+        page = tl.load(table_ptr + wide * table_b + start // PAGE)
+        row = page.to(tl.int64) * PAGE + start % PAGE
+        positions = start + tl.arange(0, BLOCK_N)
+        inside = positions < end
+        latent = unpacked(
+            latent_ptr, latent_part_ptr, latent_whole_ptr, latent_pitch, row, inside,
+            LATENT_BITS, LATENT_GROUP, C, BLOCK_C, BLOCK_N,
+        ).to(kind)  # fmt: skip
+        rope = unpacked(
+            rope_ptr, None, rope_whole_ptr, rope_pitch, row, inside, ROPE_BITS, 0, R, BLOCK_R, BLOCK_N
+        ).to(kind)  # fmt: skip
+        scores = tl.dot(content, tl.trans(latent), input_precision=PRECISION)
+        scores = tl.dot(position, tl.trans(rope), scores, input_precision=PRECISION) * scale
+        scores = tl.where(positions[None, :] < seen[:, None], scores, float("-inf"))
+        now = tl.maximum(largest, tl.max(scores, 1))
+        kept, weights = tl.exp2(largest - now), tl.exp2(scores - now[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        read = tl.dot(weights.to(kind), latent, read * kept[:, None], input_precision=PRECISION)
+        largest = now
+
+    read = read / tl.where(total == 0.0, 1.0, total)[:, None]  # a row may see nothing of its sequence's last piece
+    mask = real[:, None] & (columns < C)[None, :]
+    if pieces == 1:
+        place = (wide * new * heads + asked)[:, None] * C + columns[None, :]
+        tl.store(out_ptr + place, read.to(kind), mask=mask)
+    else:
+        where = piece.to(tl.int64) * new * heads + asked
+        tl.store(pieces_ptr + where[:, None] * C + columns[None, :], read, mask=mask)
+        tl.store(sums_ptr + where, largest + tl.log2(total), mask=real)
+
+
+@triton.jit
+def combine_kernel(
+    pieces_ptr,
+    sums_ptr,
+    ends_ptr,
+    out_ptr,
+    batch,
+    rows,
+    wanted,
+    C: tl.constexpr,
+    BATCH: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Some columns of one row (token and head) of one sequence: its pieces, each by its share of the sum."""
+    sequence = tl.program_id(2)
+    _, pieces, after = cut(ends_ptr, batch, wanted, BATCH, LEAST, BLOCK_N)
+    pieces, after = at(pieces, sequence, BATCH), at(after, sequence, BATCH)
+    if pieces == 1:
+        return  # written already
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row, inside = tl.program_id(0), columns < C
+    largest, total = LOWEST, 0.0
+    read = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(after - pieces, after, BLOCK_P):
+        piece = first + tl.arange(0, BLOCK_P)
+        where = piece.to(tl.int64) * rows + row
+        sums = tl.load(sums_ptr + where, mask=piece < after, other=float("-inf"))
+        mask = (piece < after)[:, None] & inside[None, :]
+        values = tl.load(pieces_ptr + where[:, None] * C + columns[None, :], mask=mask, other=0.0)
+        now = tl.maximum(largest, tl.max(sums, 0))
+        kept, shares = tl.exp2(largest - now), tl.exp2(sums - now)
+        total = total * kept + tl.sum(shares, 0)
+        read = read * kept + tl.sum(values * shares[:, None], 0)
+        largest = now
+    place = (sequence.to(tl.int64) * rows + row) * C
+    tl.store(out_ptr + place + columns, (read / total).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+CODES = (4, 5, 6, 8, 10)  # bits that are read
+
+
+@cache
+def device_of(index: int | None) -> tuple[int, bool]:
+    """Multiprocessors of a GPU, and whether it has 8-bit floats; of an H100 where there is none."""
+    if index is None:
+        return 132, True
+    found = torch.cuda.get_device_properties(index)
+    return found.multi_processor_count, (found.major, found.minor) >= (8, 9)
+
+
+def coding(format) -> tuple[int, int, int] | None:
+    """Bits of a latent's code, elements of its groups, bits of a rotary key's code (0: floats); None if not known."""
+    if hasattr(format, "dtype"):
+        return 0, 0, 0
+    latent, rope = format.latent, format.rope
+    bits, turned = getattr(latent, "bits", 0), getattr(rope, "bits", 0)
+    group = getattr(latent, "group", 0) if bits else getattr(latent, "tile", 0)
+    known = (bits in CODES and group in (0, 16)) or (bits == 0 and group in (16, 32, 64, 128))
+    plain = turned in CODES and not hasattr(rope, "group") or getattr(rope, "dtype", None) == torch.bfloat16
+    return (bits, group, turned) if known and plain else None
+
+
+def refuses(content: torch.Tensor, position: torch.Tensor, latents, scale: float) -> str | None:
+    """Why this call is left to the reference; None if the kernel takes it."""
+    if content.dtype not in (torch.float32, torch.bfloat16) or position.dtype != content.dtype:
+        return f"queries are {content.dtype} and {position.dtype}; both must be float32 or both bfloat16"
+    if content.stride(-1) != 1 or position.stride(-1) != 1:
+        return "elements of a query are not next to each other"
+    widths = content.shape[-1], position.shape[-1]
+    if widths != tuple(latents.row) or widths[0] % 16 or widths[1] % 16 or widths[0] > 512 or widths[1] > 128:
+        return f"queries of {widths[0]} + {widths[1]}: as wide as rows, multiples of 16, up to 512 + 128 are read"
+    if latents.format.recent:
+        return "the newest tokens are kept beside the cache"
+    if coding(latents.format) is None:
+        return f"rows stored as {latents.format.name} are not known"
+    if latents.parts[0].dtype not in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8):
+        return f"rows of {latents.parts[0].dtype} are not read"
+    if latents.parts[0].dtype == torch.float8_e4m3fn and not device_of(content.device.index)[1]:
+        return "this GPU has no 8-bit floats"
+    if not all(part.is_contiguous() for part in latents.parts):
+        return "a part of the cache is not contiguous"
+    if latents.table.dtype != torch.int32 or latents.ends.dtype != torch.int32:
+        return "pages and ends are not int32"
+    if latents.table.stride(-1) != 1 or not latents.ends.is_contiguous():
+        return "pages or ends are not next to each other"
+    return None
+
+
+def tensors(latents, bits: int, group: int) -> dict[str, torch.Tensor | None]:
+    """The parts of a cache by the names of the kernel; codes as 32-bit words."""
+    parts = [part.view(-1).view(torch.int32) if part.dtype == torch.uint8 else part for part in latents.parts]
+    if not bits:
+        part = latents.parts[1] if group else None
+        rope = parts[2:] if group else [parts[0][:, latents.row[0] :]]
+        latent = [parts[0], part, None]
+    else:
+        latent = [parts[0], latents.parts[1] if group else None, parts[2 if group else 1]]
+        rope = parts[3 if group else 2 :]
+    rope = [*rope, None]
+    names = ("latent_ptr", "latent_part_ptr", "latent_whole_ptr", "rope_ptr", "rope_whole_ptr")
+    return dict(zip(names, [*latent, *rope[:2]], strict=True))
+
+
+def tiles(rows: int, dtype: torch.dtype, packed: bool) -> tuple[int, int, int, int]:
+    """Rows of queries and of the cache a program holds, warps, stages. See kernels/README.md."""
+    if dtype == torch.float32:
+        return 16, 16, 8, 1
+    block = max(16, min(64, triton.next_power_of_2(rows)))
+    return block, 32, 8, 2
+
+
+def launch(content: torch.Tensor, position: torch.Tensor, latents, scale: float) -> torch.Tensor:
+    """[B, T, H, C]: what each head reads of the latents, in content's type. One launch, or two if sequences are cut."""
+    batch, new, heads, width = content.shape
+    rows = new * heads
+    bits, group, turned = coding(latents.format)
+    block_m, block_n, warps, stages = tiles(rows, content.dtype, bool(bits or group))
+    shares = triton.cdiv(rows, block_m)  # programs that read the same piece
+    least = LEAST // block_n
+    most = triton.cdiv(latents.table.shape[1] * 64, block_n)  # tiles of the longest sequence there could be
+    programs = triton.cdiv(PROGRAMS * device_of(content.device.index)[0], shares)
+    wanted = max(programs - batch, programs // 2, 1)
+    pieces = min(wanted + batch, batch * triton.cdiv(most, least))
+    split = pieces > batch
+    out = torch.empty((batch, new, heads, width), dtype=content.dtype, device=content.device)
+    shared = dict(BATCH=triton.next_power_of_2(batch), LEAST=least if split else most, BLOCK_N=block_n)
+    held = torch.empty((pieces if split else 0, rows, width), dtype=torch.float32, device=content.device)
+    sums = torch.empty(held.shape[:2], dtype=torch.float32, device=content.device)
+    mla_decode_kernel[(shares, pieces)](
+        content_ptr=content,
+        position_ptr=position,
+        **tensors(latents, bits, group),
+        table_ptr=latents.table,
+        ends_ptr=latents.ends,
+        out_ptr=out,
+        pieces_ptr=held,
+        sums_ptr=sums,
+        batch=batch,
+        new=new,
+        heads=heads,
+        wanted=wanted,
+        scale=scale * LOG2_E,
+        content_b=content.stride(0),
+        content_t=content.stride(1),
+        content_h=content.stride(2),
+        position_b=position.stride(0),
+        position_t=position.stride(1),
+        position_h=position.stride(2),
+        table_b=latents.table.stride(0),
+        latent_pitch=latents.parts[0].stride(0),
+        rope_pitch=0 if turned else latents.parts[2 if group else 0].stride(0),
+        C=width,
+        R=position.shape[-1],
+        LATENT_BITS=bits,
+        LATENT_GROUP=group,
+        ROPE_BITS=turned,
+        **shared,
+        BLOCK_M=block_m,
+        BLOCK_C=triton.next_power_of_2(width),
+        BLOCK_R=triton.next_power_of_2(position.shape[-1]),
+        PRECISION="ieee" if content.dtype == torch.float32 else "tf32",
+        num_warps=warps,
+        num_stages=stages,
+    )
+    if split:
+        columns = min(triton.next_power_of_2(width), 128)
+        combine_kernel[(rows, triton.cdiv(width, columns), batch)](
+            pieces_ptr=held,
+            sums_ptr=sums,
+            ends_ptr=latents.ends,
+            out_ptr=out,
+            batch=batch,
+            rows=rows,
+            wanted=wanted,
+            C=width,
+            **shared,
+            BLOCK_P=16,
+            BLOCK_C=columns,
+            num_warps=4,
+        )
+    return out
+
+
+def work(content: torch.Tensor, position: torch.Tensor, latents, scale: float) -> tuple[int, int]:
+    """The least bytes moved and operations done. It asks the device how long sequences are."""
+    _, new, heads, width = content.shape
+    row = sum(part.shape[1] * part.itemsize for part in latents.parts)
+    length = int(latents.ends.sum().item())
+    each = 2 * width + position.shape[-1]
+    return length * row + 2 * content.nbytes + position.nbytes, 2 * new * heads * length * each
+
+
+# cache, type of the queries, latent, rotary width, heads, new tokens, length of each sequence
+EXAMPLES = (
+    ("bf16", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
+    ("bf16", torch.bfloat16, 512, 64, 128, 1, (70,)),
+    ("fp32", torch.float32, 512, 64, 16, 1, (65,)),
+    ("fp8", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
+    ("int8", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
+    ("q6", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
+    ("int6", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
+    ("int4", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
+    ("q6", torch.bfloat16, 512, 64, 128, 1, (70,)),
+    ("q6", torch.float32, 64, 16, 8, 3, (65, 3, 64)),
+    ("q6", torch.bfloat16, 48, 16, 5, 3, (65, 3, 64)),
+)
