@@ -4,6 +4,7 @@
 # make bench-offload      packed models inside hard limits, random weights in the shapes of V2-Lite and V2: 4 GB, 12 GB, and
 #                         16 GiB in place of a card; takes 20 GB of disk. LLAMA=PYTHON GGUF=FILE add llama.cpp
 # make bench-offload-gpu  the 236B shape in 16 GiB and V2-Lite's in 4 GiB of GPU memory
+# make bench-gpu          every kernel: right on this GPU, then timed; decoding, prompts and batches of V2-Lite's shape
 # make lint   ruff over everything
 # Variables: PYTHON=python3.12 (3.11 to 3.13), VENV=.venv, ARGS="further arguments"
 
@@ -14,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup lab test bench shapes bench-offload bench-offload-gpu lint
+.PHONY: setup lab test bench shapes bench-offload bench-offload-gpu bench-gpu lint
 
 setup: $(STAMP)
 
@@ -54,6 +55,17 @@ bench-offload: shapes
 bench-offload-gpu: shapes
 	$(OFFLOAD)/v2 --dtype bfloat16 --device cuda --vram 16GiB --ram 100GiB --context 8192 --cache q6
 	$(OFFLOAD)/v2-lite --dtype bfloat16 --device cuda --vram 4GiB --ram 16GiB
+
+# GPU_PYTHON: a Python that has torch with CUDA, triton and this package, where the one of VENV has not
+GPU_PYTHON ?= $(BIN)/python
+ON_GPU := --dtype bfloat16 --device cuda --save
+
+bench-gpu:
+	$(GPU_PYTHON) -m pytest -q tests/kernels tests/test_graph.py
+	$(GPU_PYTHON) -m workbench bench kernels --save
+	$(GPU_PYTHON) -m workbench bench decode --shape v2-lite $(ON_GPU)
+	$(GPU_PYTHON) -m workbench bench prefill --shape v2-lite $(ON_GPU)
+	$(GPU_PYTHON) -m workbench bench batch --shape v2-lite $(ON_GPU)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ def _grouped(x, largest, whole, MOST: tl.constexpr):
     """codec.Groups: codes of x [n, group], scales [n, 1] of 1 to 255 parts of `whole`; largest: scales wanted."""
     for step in tl.static_range(6):
         # 1.0, 0.95, ... 0.75, each rounded once
-        wanted = tl.div_rn(largest * ((20 - step) / 20.1), whole) * 255
+        wanted = tl.div_rn(largest * ((20 - step) / 20), whole) * 255
         part = tl.minimum(tl.maximum(tl.ceil(wanted), 1), 255)
         unit = tl.div_rn(part, 255.0) * whole
         tried = _codes(x, unit, MOST)
@@ -148,22 +148,21 @@ def append_kernel(
     token, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kind = compressed_ptr.dtype.element_ty
     rotations_ptr += sequence * rotations_b + token.to(tl.int64) * rotations_t
-    if tl.program_id(2) == 0:  # the row
-        place = tl.load(before_ptr + sequence) + token
-        row = tl.load(table_ptr + sequence * table_b + place // 64).to(tl.int64) * 64 + place % 64
-        compressed_ptr += sequence * compressed_b + token.to(tl.int64) * compressed_t
-
+    compressed_ptr += sequence * compressed_b + token.to(tl.int64) * compressed_t
+    place = tl.load(before_ptr + sequence) + token
+    row = tl.load(table_ptr + sequence * table_b + place // 64).to(tl.int64) * 64 + place % 64
+    if tl.program_id(2) == 0:  # the latent
         at = tl.arange(0, BLOCK_C)
         x = tl.load(compressed_ptr + at, mask=at < C, other=0.0).to(tl.float32)
         weight = tl.load(norm_ptr + at, mask=at < C, other=0.0).to(tl.float32)
         scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, 0), 1.0 * C) + eps))
-        # rounded before the weight and after it, as the reference does
+        # rounded before the weight and after it, as the reference is
         latent = ((x * scale).to(kind).to(tl.float32) * weight).to(kind).to(tl.float32)
         _pack(
             latent, row, latent_ptr, latent_scales_ptr, latent_whole_ptr,
             LATENT_KIND, LATENT_BITS, LATENT_SIZE, LATENT_PER, C, LATENT_STRIDE, 0,
         )  # fmt: skip
-
+    elif tl.program_id(2) == 1:  # the rotary key
         beside = tl.arange(0, BLOCK_K)
         key = tl.load(compressed_ptr + C + beside, mask=beside < R, other=0.0).to(tl.float32)
         key = tl.reshape(_turned(key[None], rotations_ptr, R), [BLOCK_K]).to(kind).to(tl.float32)
@@ -172,7 +171,7 @@ def append_kernel(
             ROPE_KIND, ROPE_BITS, ROPE_SIZE, ROPE_PER, R, ROPE_STRIDE, ROPE_FIRST,
         )  # fmt: skip
     else:  # some heads of the queries
-        head = (tl.program_id(2) - 1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+        head = (tl.program_id(2) - 2) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
         width = tl.arange(0, BLOCK_R)[None]
         inside = (head < heads) & (width < R)
         position_ptr += sequence * position_b + token.to(tl.int64) * position_t
@@ -288,7 +287,7 @@ def launch(
     block = triton.next_power_of_2(rope)
     some = min(max(ELEMENTS // block, 1), triton.next_power_of_2(heads))
     parts = (None if place is None else latents.parts[place] for place in places)
-    append_kernel[(new, batch, 1 + triton.cdiv(heads, some))](
+    append_kernel[(new, batch, 2 + triton.cdiv(heads, some))](
         position, compressed, norm, rotations, turned, latents.table, before,
         *parts,
         *position.stride()[:3], *compressed.stride()[:2], *rotations.stride()[:2], *turned.stride()[:2],

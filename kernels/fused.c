@@ -57,20 +57,23 @@ typedef struct {
 } Net;
 
 typedef struct {
-    int64_t sequences, new;   /* B, T */
-    const int64_t *before;    /* [B] tokens in the cache */
-    const float *rotations;   /* [N, R / 2, 2] cosine, sine */
     Form form;
-    int64_t in_place, most;   /* whether plain rows may be read where they are; blocks of the longest sequence */
-    void *const *pool;        /* [layers, parts of a row], each [any, its width] */
-    const int64_t *table;     /* [B, most] where block by block a sequence is */
-    int64_t recent;           /* the last tokens of a sequence, in bf16 beside their packed rows; 0 where there are none */
-    void *const *windows;     /* [layers, B] of them, each [recent, W]: position p is at p % recent */
-    const int64_t *since;     /* [B] the first position that is there */
-    float *x;                 /* [N, D] embedded tokens; in the end the residual stream */
-    int64_t *ids;             /* [MoE layers, N, K] */
-    float *gates, *scores;    /* [MoE layers, N, K] and [MoE layers, N, K + 1] */
-    int64_t every;            /* logits of all tokens, else of the last of each sequence */
+    int64_t in_place, most, recent; /* plain rows are read where they are; blocks of the longest sequence; see windows */
+    const int64_t *before;          /* [B] tokens in the cache */
+    const int64_t *table;           /* [B, most] where block by block a sequence is */
+    void *const *pool;              /* [layers, parts of a row], each [any, its width] */
+    void *const *windows;           /* [layers, B] last tokens in bf16, [recent, W]: position p is at p % recent */
+    const int64_t *since;           /* [B] the first position that is there; nothing where recent is 0 */
+} Cache;
+
+typedef struct {
+    int64_t sequences, new; /* B, T */
+    const float *rotations; /* [N, R / 2, 2] cosine, sine */
+    Cache cache;
+    float *x;               /* [N, D] embedded tokens; in the end the residual stream */
+    int64_t *ids;           /* [MoE layers, N, K] */
+    float *gates, *scores;  /* [MoE layers, N, K] and [MoE layers, N, K + 1] */
+    int64_t every;          /* logits of all tokens, else of the last of each sequence */
     float *logits;
 } Pass;
 
@@ -455,20 +458,22 @@ static void gated(const Weight *w, int bf16, int64_t base, int64_t inner, int64_
 /* ---- attention ---- */
 
 ALWAYS void *const *parts_in(const Pass *pass, int64_t layer) {
-    return pass->pool + layer * (parts_of(&pass->form.latent) + parts_of(&pass->form.rope));
+    return pass->cache.pool + layer * (parts_of(&pass->cache.form.latent) + parts_of(&pass->cache.form.rope));
 }
 
-ALWAYS int64_t first_row(const Pass *pass, int64_t b, int64_t block) { return pass->table[b * pass->most + block] * BLOCK; }
+ALWAYS int64_t first_row(const Pass *pass, int64_t b, int64_t block) {
+    return pass->cache.table[b * pass->cache.most + block] * BLOCK;
+}
 
 ALWAYS uint16_t *wide_row(const Pass *pass, int64_t layer, int64_t b, int64_t position, int64_t width) {
-    return (uint16_t *)pass->windows[layer * pass->sequences + b] + position % pass->recent * width;
+    return (uint16_t *)pass->cache.windows[layer * pass->sequences + b] + position % pass->cache.recent * width;
 }
 
 /* Normed latent and turned key of token i, put into the cache. */
 static void keep(const Net *net, const Layer *l, const Pass *pass, const Room *room, int64_t layer, int64_t i) {
-    const int64_t b = i / pass->new, at = pass->before[b] + i % pass->new, width = net->latent + net->rope;
+    const int64_t b = i / pass->new, at = pass->cache.before[b] + i % pass->new, width = net->latent + net->rope;
     const float *from = room->down + i * l->down.rows + l->down.rows - width;
-    const Form *form = &pass->form;
+    const Form *form = &pass->cache.form;
     void *const *parts = parts_in(pass, layer);
     float *row = room->row + i * width;
     norm(from, l->kv_norm, net->latent, net->eps, net->bf16, row);
@@ -477,7 +482,7 @@ static void keep(const Net *net, const Layer *l, const Pass *pass, const Room *r
     const int64_t to = first_row(pass, b, at / BLOCK) + at % BLOCK;
     pack_vector(&form->latent, row, parts, to);
     pack_vector(&form->rope, row + form->latent.width, parts + parts_of(&form->latent), to);
-    if (pass->recent && at >= pass->since[b])
+    if (pass->cache.recent && at >= pass->cache.since[b])
         for (int64_t k = 0; k < width; k++)
             wide_row(pass, layer, b, at, width)[k] = to_half(row[k]);
 }
@@ -486,12 +491,12 @@ static void keep(const Net *net, const Layer *l, const Pass *pass, const Room *r
 static const void *keys_of(const Run *run, int64_t b, int64_t start, int64_t count, float *own) {
     const Net *net = run->net;
     const Pass *pass = run->pass;
-    const Codec *latent = &pass->form.latent, *rope = &pass->form.rope;
+    const Codec *latent = &pass->cache.form.latent, *rope = &pass->cache.form.rope;
     const int64_t width = net->latent + net->rope, first = first_row(pass, b, start / BLOCK);
     void *const *parts = parts_in(pass, run->layer);
-    if (pass->in_place)
+    if (pass->cache.in_place)
         return (const char *)parts[0] + first * part_bytes(latent, 0);
-    const int64_t packed = pass->recent ? least(count, most_of(0, pass->since[b] - start)) : count;
+    const int64_t packed = pass->cache.recent ? least(count, most_of(0, pass->cache.since[b] - start)) : count;
     unpack_vectors(latent, parts, first, packed, own, width, net->bf16);
     unpack_vectors(rope, parts + parts_of(latent), first, packed, own + latent->width, width, net->bf16);
     for (int64_t r = packed; r < count; r++) {
@@ -544,11 +549,11 @@ static void heads_task(const Run *run, int64_t b, int64_t first_head, int64_t he
     const Layer *l = net->layer + run->layer;
     const int64_t n = to - from, C = net->latent, W = C + net->rope, asked = net->content + net->rope;
     const int64_t first = b * pass->new + from, per_head = net->content + net->value, bf16 = net->bf16;
-    const int64_t queries = heads * n, past = pass->before[b] + from; /* position of the first of these tokens */
+    const int64_t queries = heads * n, past = pass->cache.before[b] + from; /* position of the first of these tokens */
     const char *up = (const char *)l->kv_up.at + first_head * per_head * C * (bf16 ? 2 : 4);
     float *query = own, *lifted = query + QUERIES * asked, *scores = lifted + QUERIES * W, *out = scores + QUERIES * BLOCK;
     float *largest = out + QUERIES * C, *sums = largest + QUERIES, *keys = sums + QUERIES;
-    const int narrow = pass->in_place && pass->form.latent.kind == BF16;
+    const int narrow = pass->cache.in_place && pass->cache.form.latent.kind == BF16;
     const float *in[QUERIES];
     float *ends[QUERIES];
     memset(lifted, 0, 4 * queries * W);
@@ -808,7 +813,7 @@ unpacked, as many as may be, as long as every thread has a task. */
 ALWAYS int64_t heads_each(const Run *run) {
     const Pass *pass = run->pass;
     const int64_t heads = run->net->heads, groups = pass->sequences < 4 * run->threads ? run->threads : 1;
-    if (pass->in_place)
+    if (pass->cache.in_place)
         return pass->new == 1 ? least(4, heads) : 1;
     return most_of(1, least(upto(heads, groups), QUERIES / least(pass->new, QUERIES)));
 }
@@ -875,7 +880,7 @@ static int64_t arrange(const Net *net, int64_t n, int threads, float *at, Room *
         one = most_of(one, l->experts_down.width);
     }
     const int64_t asked = net->content + net->rope, W = net->latent + net->rope;
-    const int64_t head = QUERIES * (asked + W + BLOCK + net->latent + 2) + BLOCK * W + 16;
+    const int64_t head = QUERIES * (asked + W + BLOCK + net->latent + 2) + BLOCK * W;
     room->private = upto(most_of(head, most_of(2 * TOGETHER * ROWS, CHUNK / 2)), 16) * 16;
 #define PART(name, count) room->name = at + used, used += upto(count, 16) * 16
     PART(normed, n * net->hidden);

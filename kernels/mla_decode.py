@@ -37,15 +37,23 @@ def at(values, index, BATCH: tl.constexpr):
 
 
 @triton.jit
-def coded(codes_ptr, row, BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Codes of BITS bits, lowest bit first, less their middle, fp32 [BLOCK_N, BLOCK_W], of the rows from `row` on.
+def coded(
+    codes_ptr,
+    row,
+    BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Codes of BITS bits, lowest bit first, less their middle: of rows from `row` and columns from FIRST on, fp32.
 
     A run of codes that fills whole bytes lies in one 32-bit word or two: each is loaded once.
     """
     RUN: tl.constexpr = 4 if BITS >= 8 else 8
     BYTES: tl.constexpr = RUN * BITS // 8
     PITCH: tl.constexpr = WIDTH * BITS // 8
-    runs = tl.arange(0, BLOCK_W // RUN)
+    runs = FIRST // RUN + tl.arange(0, BLOCK_W // RUN)
     start = tl.arange(0, BLOCK_N)[:, None] * PITCH + runs[None, :] * BYTES
     base_ptr = codes_ptr + row * PITCH // 4  # BLOCK_N rows fill whole words, whatever WIDTH is
     inside = tl.broadcast_to((runs < WIDTH // RUN)[None, :], start.shape)
@@ -74,22 +82,23 @@ def unpacked(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
+    FIRST: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The rows [BLOCK_N, BLOCK_W] from `row` on, fp32 if they were packed; zeros where they are not `inside`.
+    """Rows from `row` and columns from FIRST on [BLOCK_N, BLOCK_W], fp32 if packed; zeros where not `inside`.
 
     BITS 0: floats, with an fp32 scale for each GROUP if there is one; otherwise codes, each row with one scale, of which
     each GROUP, if there is one, takes a part in 255.
     """
     rows = tl.arange(0, BLOCK_N)
     if BITS == 0 and GROUP == 0:
-        columns = tl.arange(0, BLOCK_W)
+        columns = FIRST + tl.arange(0, BLOCK_W)
         mask = inside[:, None] & (columns < WIDTH)[None, :]
         values = tl.load(values_ptr + row * pitch + rows[:, None] * pitch + columns[None, :], mask=mask, other=0.0)
     elif BITS == 0:
         SIZE: tl.constexpr = min(GROUP, BLOCK_W)
-        tiles = tl.arange(0, BLOCK_W // SIZE)
+        tiles = FIRST // SIZE + tl.arange(0, BLOCK_W // SIZE)
         columns = tiles[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
         mask = inside[:, None, None] & (columns < WIDTH)[None, :, :]
         packed = tl.load(values_ptr + row * pitch + rows[:, None, None] * pitch + columns[None, :, :], mask, other=0.0)
@@ -98,12 +107,12 @@ def unpacked(
         part = tl.load(part_ptr + row * COUNT + rows[:, None] * COUNT + tiles[None, :], mask=mask, other=0.0)
         values = (packed.to(tl.float32) * part[:, :, None]).reshape(BLOCK_N, BLOCK_W)
     else:
-        values = coded(values_ptr, row, BITS, WIDTH, BLOCK_W, BLOCK_N)
+        values = coded(values_ptr, row, BITS, WIDTH, FIRST, BLOCK_W, BLOCK_N)
         whole = tl.load(whole_ptr + row + rows, mask=inside, other=0.0).to(tl.float32)
         if GROUP == 0:
             values = values * whole[:, None]
         else:
-            groups = tl.arange(0, BLOCK_W // GROUP)
+            groups = FIRST // GROUP + tl.arange(0, BLOCK_W // GROUP)
             COUNT: tl.constexpr = WIDTH // GROUP
             mask = inside[:, None] & (groups < COUNT)[None, :]
             part = tl.load(part_ptr + row * COUNT + rows[:, None] * COUNT + groups[None, :], mask=mask, other=0)
@@ -150,7 +159,7 @@ def mla_decode_kernel(
     LEAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -171,46 +180,61 @@ def mla_decode_kernel(
     token, head = asked // heads, asked % heads
     seen = end - new + token + 1  # positions that a row sees
     wide = sequence.to(tl.int64)
-    columns, turned = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
-    content_ptr += wide * content_b + (token * content_t + head * content_h)[:, None]
-    content = tl.load(content_ptr + columns[None, :], mask=real[:, None] & (columns < C)[None, :], other=0.0)
-    position_ptr += wide * position_b + (token * position_t + head * position_h)[:, None]
-    position = tl.load(position_ptr + turned[None, :], mask=real[:, None] & (turned < R)[None, :], other=0.0)
+    columns, turned = tl.arange(0, HALF), tl.arange(0, BLOCK_R)
+    content_ptr += wide * content_b
+    where = (token * content_t + head * content_h)[:, None] + columns[None, :]
+    in_left, in_right = real[:, None] & (columns < C)[None, :], real[:, None] & (columns < C - HALF)[None, :]
+    content_left = tl.load(content_ptr + where, mask=in_left, other=0.0)
+    content_right = tl.load(content_ptr + where + HALF, mask=in_right, other=0.0)
+    where = (token * position_t + head * position_h)[:, None] + turned[None, :]
+    position_ptr += wide * position_b
+    position = tl.load(position_ptr + where, mask=real[:, None] & (turned < R)[None, :], other=0.0)
 
     largest = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    read = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    read_left = tl.zeros([BLOCK_M, HALF], tl.float32)
+    read_right = tl.zeros([BLOCK_M, HALF], tl.float32)
     for tile in range(first, last):
         start = tile * BLOCK_N
         page = tl.load(table_ptr + wide * table_b + start // PAGE)
         row = page.to(tl.int64) * PAGE + start % PAGE
         positions = start + tl.arange(0, BLOCK_N)
         inside = positions < end
-        latent = unpacked(
+        left = unpacked(
             latent_ptr, latent_part_ptr, latent_whole_ptr, latent_pitch, row, inside,
-            LATENT_BITS, LATENT_GROUP, C, BLOCK_C, BLOCK_N,
+            LATENT_BITS, LATENT_GROUP, C, 0, HALF, BLOCK_N,
+        ).to(kind)  # fmt: skip
+        right = unpacked(
+            latent_ptr, latent_part_ptr, latent_whole_ptr, latent_pitch, row, inside,
+            LATENT_BITS, LATENT_GROUP, C, HALF, HALF, BLOCK_N,
         ).to(kind)  # fmt: skip
         rope = unpacked(
-            rope_ptr, None, rope_whole_ptr, rope_pitch, row, inside, ROPE_BITS, 0, R, BLOCK_R, BLOCK_N
+            rope_ptr, None, rope_whole_ptr, rope_pitch, row, inside, ROPE_BITS, 0, R, 0, BLOCK_R, BLOCK_N
         ).to(kind)  # fmt: skip
-        scores = tl.dot(content, tl.trans(latent), input_precision=PRECISION)
+        scores = tl.dot(content_left, tl.trans(left), input_precision=PRECISION)
+        scores = tl.dot(content_right, tl.trans(right), scores, input_precision=PRECISION)
         scores = tl.dot(position, tl.trans(rope), scores, input_precision=PRECISION) * scale
         scores = tl.where(positions[None, :] < seen[:, None], scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, 1))
         kept, weights = tl.exp2(largest - now), tl.exp2(scores - now[:, None])
         total = total * kept + tl.sum(weights, 1)
-        read = tl.dot(weights.to(kind), latent, read * kept[:, None], input_precision=PRECISION)
+        weights = weights.to(kind)
+        read_left = tl.dot(weights, left, read_left * kept[:, None], input_precision=PRECISION)
+        read_right = tl.dot(weights, right, read_right * kept[:, None], input_precision=PRECISION)
         largest = now
 
-    read = read / tl.where(total == 0.0, 1.0, total)[:, None]  # a row may see nothing of its sequence's last piece
-    mask = real[:, None] & (columns < C)[None, :]
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]  # a row may see nothing of its sequence's last piece
+    place = asked[:, None] * C + columns[None, :]
     if pieces == 1:
-        place = (wide * new * heads + asked)[:, None] * C + columns[None, :]
-        tl.store(out_ptr + place, read.to(kind), mask=mask)
+        out_ptr += wide * new * heads * C
+        tl.store(out_ptr + place, (read_left * share).to(kind), mask=in_left)
+        tl.store(out_ptr + place + HALF, (read_right * share).to(kind), mask=in_right)
     else:
-        where = piece.to(tl.int64) * new * heads + asked
-        tl.store(pieces_ptr + where[:, None] * C + columns[None, :], read, mask=mask)
-        tl.store(sums_ptr + where, largest + tl.log2(total), mask=real)
+        before = piece.to(tl.int64) * new * heads
+        pieces_ptr += before * C
+        tl.store(pieces_ptr + place, read_left * share, mask=in_left)
+        tl.store(pieces_ptr + place + HALF, read_right * share, mask=in_right)
+        tl.store(sums_ptr + before + asked, largest + tl.log2(total), mask=real)
 
 
 @triton.jit
@@ -237,7 +261,7 @@ def combine_kernel(
         return  # written already
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row, inside = tl.program_id(0), columns < C
-    largest, total = LOWEST, 0.0
+    largest, total = tl.full([], LOWEST, tl.float32), tl.full([], 0.0, tl.float32)
     read = tl.zeros([BLOCK_C], tl.float32)
     for first in range(after - pieces, after, BLOCK_P):
         piece = first + tl.arange(0, BLOCK_P)
@@ -374,7 +398,7 @@ def launch(content: torch.Tensor, position: torch.Tensor, latents, scale: float)
         ROPE_BITS=turned,
         **shared,
         BLOCK_M=block_m,
-        BLOCK_C=triton.next_power_of_2(width),
+        HALF=max(triton.next_power_of_2(width) // 2, 16),
         BLOCK_R=triton.next_power_of_2(position.shape[-1]),
         PRECISION="ieee" if content.dtype == torch.float32 else "tf32",
         num_warps=warps,

@@ -233,6 +233,8 @@ static void pack_vector(const Codec *c, const float *x, void *const *parts, int6
 
 /* ---- unpacking ---- */
 
+ALWAYS void put(Lanes v, float *to, int64_t left) { memcpy(to, &v, left < 16 ? 4 * left : 64); }
+
 ALWAYS Words bytes_at(const uint8_t *at) {
     Bytes some;
     memcpy(&some, at, 16);
@@ -271,7 +273,7 @@ ALWAYS Words codes_at(const uint8_t *at, const Places *where) { /* reads 32 byte
 #endif
 }
 
-/* Sixteen at a time: what is written beyond the width is nothing, and so is what is read there. */
+/* Sixteen at a time: what is read beyond the width is not written. */
 ALWAYS void unpack_codes(const Codec *c, const Places *where, const uint8_t *codes, const uint8_t *parts, float whole,
                          float *to, int bf16) {
     const int64_t vectors = upto(c->width, 16);
@@ -283,8 +285,7 @@ ALWAYS void unpack_codes(const Codec *c, const Places *where, const uint8_t *cod
             memcpy(unit, &units, 64);
         }
         const Lanes code = __builtin_convertvector((Ints)codes_at(codes, where) - most, Lanes);
-        const Lanes value = rounded_lanes(code * all(parts ? unit[v % 16] : whole), bf16);
-        memcpy(to + 16 * v, &value, 64);
+        put(rounded_lanes(code * all(parts ? unit[v % 16] : whole), bf16), to + 16 * v, c->width - 16 * v);
     }
 }
 
@@ -292,10 +293,8 @@ static void unpack_tiles(const Codec *c, const uint8_t *values, const uint8_t *s
     for (int64_t from = 0; from < c->width; from += c->size, scales += 4) {
         float scale;
         memcpy(&scale, scales, 4);
-        for (int64_t k = from; k < least(c->width, from + c->size); k += 16) {
-            const Lanes value = rounded_lanes(from_fp8(bytes_at(values + k)) * all(scale), bf16);
-            memcpy(to + k, &value, 64);
-        }
+        for (int64_t k = from; k < least(c->width, from + c->size); k += 16)
+            put(rounded_lanes(from_fp8(bytes_at(values + k)) * all(scale), bf16), to + k, c->width - k);
     }
 }
 
@@ -304,8 +303,7 @@ static void unpack_plain(const Codec *c, const void *row, float *to, int bf16) {
         to[k] = c->kind == BF16 ? from_half(((const uint16_t *)row)[k]) : rounded(((const float *)row)[k], bf16);
 }
 
-/* The first rows of the block that begins at row `first`, `step` floats from each other; up to 15 floats beyond a
-vector are written, so that the next is to be unpacked after it. */
+/* The first rows of the block that begins at row `first`, `step` floats from each other. */
 static void unpack_vectors(const Codec *c, void *const *parts, int64_t first, int64_t count, float *to, int64_t step,
                            int bf16) {
     const int64_t held = parts_of(c);

@@ -21,7 +21,7 @@ FLOORS = {
     9: ["__main__", "arguments", "doctor", "lab", "terminal", "recording", "replaying", "claims"],
     8: ["widgets", "exercises"],
     7: ["workbench", "session", "turns", "worker", "meter", "timeline", "evals", "train", "benchmarks"],
-    6: ["engine", "stream", "watching"],
+    6: ["engine", "stream", "watching", "warming"],
     5: [
         "checkpoint",
         "shards",
@@ -43,6 +43,7 @@ FLOORS = {
         "chat",
         "reply",
         "storages",
+        "explaining",
     ],
     4: ["model", "graph"],
     3: ["experts", "fused", "lean", "weights", "offloaded", "fetching", "slots", "link", "transfers", "quantising"],

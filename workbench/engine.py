@@ -174,7 +174,7 @@ class Engine:
             cache.truncate(kept)
             reply.stats.reused_tokens = kept
             logits = self._prefill(watched, kept, cache, stop)
-            probe, step_of = watch.probe([watched]), self._stepping()
+            probe, step_of = watch.probe([watched]), self.stepping()
             started = perf_counter()
             while logits is not None and not stop.is_set():
                 step = reply.next(logits[0], started, cache.nbytes)
@@ -245,7 +245,7 @@ class Engine:
         watching = Watch(self.model, self.name, edits, watch, scores, self.cache_format)
         if self.cache_bytes is not None:
             self._held = None  # its room is needed
-        cache, step_of = self.new_cache(batch=min(slots, len(waiting))), self._stepping()
+        cache, step_of = self.new_cache(batch=min(slots, len(waiting))), self.stepping()
         running: dict[int, tuple[int, Watched, list[Step]]] = {}  # slot -> number of the prompt, and its answer so far
         while waiting or running:
             for slot in range(cache.batch):
@@ -305,7 +305,7 @@ class Engine:
             reply.stats.prefill_seconds += perf_counter() - started
         return logits
 
-    def _stepping(self) -> Callable[[list[list[int]], LatentCache, Probe], torch.Tensor]:
+    def stepping(self) -> Callable[[list[list[int]], LatentCache, Probe], torch.Tensor]:
         """How one generation takes its steps: `_forward`, or replays of it on a GPU. Of one cache, in one thread."""
         if not present(self.model.norm):
             return self._forward

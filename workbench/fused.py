@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from workbench.cache import BLOCK, LatentCache
+from workbench.codec import Codec, Codes, Float, Groups, Tiles
 from workbench.compiled import MissingError, library
 from workbench.config import Config
 from workbench.experts import Resident
-from workbench.formats import Plain
+from workbench.formats import CACHE_FORMATS, Format, Packed, Plain, Row
 from workbench.probe import Probe, Silent
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -42,16 +43,30 @@ class _Net(ctypes.Structure):
     ]
 
 
+class _Codec(ctypes.Structure):
+    _fields_ = [(name, c_int64) for name in ("kind", "size", "width")]
+
+
+class _Form(ctypes.Structure):
+    _fields_ = [("latent", _Codec), ("rope", _Codec)]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        ("form", _Form),
+        *((name, c_int64) for name in ("in_place", "most", "recent")),
+        *((name, ctypes.POINTER(c_int64)) for name in ("before", "table")),
+        *((name, ctypes.POINTER(c_void_p)) for name in ("pool", "windows")),
+        ("since", ctypes.POINTER(c_int64)),
+    ]
+
+
 class _Pass(ctypes.Structure):
     _fields_ = [
         ("sequences", c_int64),
         ("new", c_int64),
-        ("before", c_void_p),
         ("rotations", c_void_p),
-        ("cache_bf16", c_int64),
-        ("most", c_int64),
-        ("pool", c_void_p),
-        ("table", c_void_p),
+        ("cache", _Cache),
         *((name, c_void_p) for name in ("x", "ids", "gates", "scores")),
         ("every", c_int64),
         ("logits", c_void_p),
@@ -146,26 +161,78 @@ class Fused:
         x, turns = x.float().contiguous(), torch.view_as_real(rotations).contiguous()
         if cache is None:
             each = -(-new // BLOCK)
-            layer = _floats(batch * each * BLOCK, net.latent + net.rope)  # one for all: no pass comes after
-            pools, before = [layer] * net.layers, [0] * batch
+            rows = _floats(batch * each * BLOCK, net.latent + net.rope)  # one for all layers: no pass comes after
             tables = [list(range(first, first + each)) for first in range(0, batch * each, each)]
+            form = _form(CACHE_FORMATS["fp32"], Row(net.latent, net.rope))
+            places = _Cache(form, True, each, 0, _whole([0] * batch), _table(tables), _at([rows] * net.layers))
         else:
-            pools, before = [parts[0] for parts in cache.pool.layers], cache.lengths
-            tables = [sequence.table for sequence in cache.sequences]
-        most = max(map(len, tables))
-        lengths = (c_int64 * batch)(*before)
-        places = (c_void_p * net.layers)(*(pool.data_ptr() for pool in pools))
-        table = (c_int64 * (batch * most))(*(block for one in tables for block in one + [0] * (most - len(one))))
+            places = _places(cache, new, net.bf16)
         asked = _Pass(
-            batch, new, ctypes.addressof(lengths), turns.data_ptr(), TYPES[pools[0].dtype], most,
-            ctypes.addressof(places), ctypes.addressof(table), x.data_ptr(), ids.data_ptr(),
-            gates.data_ptr(), scores.data_ptr(), every, logits.data_ptr(),
+            batch, new, turns.data_ptr(), places, x.data_ptr(), ids.data_ptr(), gates.data_ptr(), scores.data_ptr(),
+            every, logits.data_ptr(),
         )  # fmt: skip
         room = _floats(found.fused_room(ctypes.byref(net), batch * new, threads))
         found.fused_pass(ctypes.byref(net), ctypes.byref(asked), room.data_ptr(), threads)
         for layer, *routing in zip(self.mixtures, ids.unbind(), gates.unbind(), scores.unbind()):
             probe.at(layer).routed(*routing)
         return logits
+
+
+def _places(cache: LatentCache, new: int, bf16: int) -> _Cache:
+    """Where a pass of `new` tokens finds what a cache holds, and writes. Forgets what falls out of windows."""
+    pool, sequences = cache.pool, cache.sequences
+    windows = [sequence.window for sequence in sequences if pool.recent]
+    for window, sequence in zip(windows, sequences):
+        window.start = max(window.start, sequence.length + new - pool.recent)  # as `write`: first, whatever follows
+    plain = isinstance(pool.format, Plain) and not pool.recent
+    tables = [sequence.table for sequence in sequences]
+    return _Cache(
+        _form(pool.format, pool.row),
+        plain and (pool.format.dtype == torch.bfloat16 or not bf16),  # fp32 is rounded when a model in bf16 reads it
+        max(map(len, tables)),
+        pool.recent,
+        _whole(cache.lengths),
+        _table(tables),
+        _at([part for parts in pool.layers for part in parts]),
+        _at([rows for layer in zip(*(window.layers for window in windows)) for rows in layer]),
+        _whole([window.start for window in windows]),
+    )
+
+
+def _form(format: Format, row: Row) -> _Form | None:
+    """A format as the library wants it; None where it has no body for it."""
+    if type(format) is Plain and format.dtype in TYPES:
+        return _Form(_codec(Float(format.dtype), row.width))
+    if type(format) is not Packed:
+        return None
+    latent, rope = _codec(format.latent, row.latent), _codec(format.rope, row.rope)
+    return _Form(latent, rope) if latent and rope else None
+
+
+def _codec(codec: Codec, width: int) -> _Codec | None:
+    kind = type(codec)  # itself: what is derived from it may pack otherwise
+    if kind is Float and codec.dtype in TYPES:
+        return _Codec(TYPES[codec.dtype], 0, width)
+    if kind is Tiles and codec.tile % 16 == 0:
+        return _Codec(2, codec.tile, width)
+    if kind is Codes:
+        return _Codec(3, codec.bits, width)
+    if kind is Groups and codec.group == 16:
+        return _Codec(4, codec.bits, width)
+    return None
+
+
+def _whole(numbers: list[int]) -> ctypes.Array:
+    return (c_int64 * len(numbers))(*numbers)
+
+
+def _table(tables: list[list[int]]) -> ctypes.Array:
+    most = max(map(len, tables))
+    return _whole([block for one in tables for block in one + [0] * (most - len(one))])
+
+
+def _at(tensors: list[torch.Tensor]) -> ctypes.Array:
+    return (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def _weight(tensor: torch.Tensor) -> _Weight:
@@ -182,8 +249,8 @@ def refusal(model: nn.Module, cache: LatentCache | None, probe: Probe) -> str | 
         return "a gradient is asked for"
     if not isinstance(probe, Silent):
         return "a probe looks inside or changes something"
-    if cache is not None and not (isinstance(cache.pool.format, Plain) and cache.pool.format.dtype in TYPES):
-        return f"the cache is packed ({cache.format})"
+    if cache is not None and _form(cache.pool.format, cache.pool.row) is None:
+        return f"the format of the cache ({cache.format}) is not one of those it knows"
     return None
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import torch
 
@@ -12,6 +13,7 @@ from workbench.checkpoint import resolve, save
 from workbench.config import Config
 from workbench.engine import Completion, Engine, Stream
 from workbench.errors import BudgetError, RequestError
+from workbench.explaining import explain
 from workbench.formats import cache_format
 from workbench.model import Model
 from workbench.opening import Size, open_model
@@ -22,6 +24,7 @@ from workbench.sampling import Sampling
 from workbench.tokenizer import Tokenizer
 from workbench.trace import Trace
 from workbench.traffic import Traffic
+from workbench.warming import warm
 
 POCKET = Path(__file__).parent / "pocket"
 CONTEXT = 8192  # tokens there is room for under a budget, where nothing is said
@@ -92,6 +95,14 @@ class Workbench:
     def plan(self) -> Plan | None:
         """What was planned when it was opened; None for plain weights without a budget."""
         return self.model.plan
+
+    def explain(self, new: int = 1, context: int = 64) -> pd.DataFrame:
+        """Which body answers each operation in a pass of `new` tokens after `context`, and why; see explaining.py."""
+        return explain(self.model, self.engine.cache_format, new, context)
+
+    def warm(self, progress: Callable[[str], None] = lambda stage: None) -> float:
+        """Compiles what a first answer would wait for, telling `progress`; the seconds it took."""
+        return warm(self.engine, progress)
 
     def traffic(self, since: int = 0) -> Traffic:
         """What was fetched of the experts that are not in memory, beside what a perfect cache would have fetched; from
