@@ -90,7 +90,7 @@ def route_kernel(
     tl.debug_barrier()
     counter = counters_ptr + tl.program_id(1)
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-        tl.store(counter, 0)  # for the next launch
+        tl.store(counter, 1)  # for the next launch
         for step in range(0, BLOCK_N, ROWS):
             choose(
                 logits_ptr, ids_ptr, gates_ptr, scores_ptr, ring_experts_ptr, ring_gates_ptr, ring_margins_ptr,

@@ -299,8 +299,12 @@ static void unpack_tiles(const Codec *c, const uint8_t *values, const uint8_t *s
 }
 
 static void unpack_plain(const Codec *c, const void *row, float *to, int bf16) {
-    for (int64_t k = 0; k < c->width; k++)
-        to[k] = c->kind == BF16 ? from_half(((const uint16_t *)row)[k]) : rounded(((const float *)row)[k], bf16);
+    if (c->kind == BF16)
+        for (int64_t k = 0; k < c->width; k++)
+            to[k] = from_half(((const uint16_t *)row)[k]);
+    else
+        for (int64_t k = 0; k < c->width; k++)
+            to[k] = rounded(((const float *)row)[k], bf16);
 }
 
 /* The first rows of the block that begins at row `first`, `step` floats from each other. */

@@ -1,4 +1,4 @@
-"""The router's kernel where rankings are degenerate, where edits and the recorder meet it, and what it must not become."""
+"""The router's kernel: degenerate rankings, edits, the recorder, refusals, and no tensor cores."""
 
 import json
 import os
@@ -72,6 +72,16 @@ def test_where_few_experts_are_left_ids_are_still_experts():
         torch.testing.assert_close(scores, expected.scores)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("bias", [[NO] * 12, [0.0] * 11 + [float("nan")]])
+@pytest.mark.parametrize("config", [GREEDY, GROUPED])
+def test_without_any_probability_some_experts_are_chosen(config, bias):
+    ids, gates, _ = routed(torch.randn(2, 12), config, torch.tensor(bias, device=DEVICE))
+    assert all(len(set(row)) == 4 and set(row) <= set(range(12)) for row in ids.tolist())
+    assert gates.isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("config", [GREEDY, GROUPED])
 def test_nan_chooses_some_experts_and_stays_in_its_row(config):
     logits = torch.randn(5, 12)
@@ -141,7 +151,7 @@ def test_what_is_refused():
 
 
 def test_products_are_never_those_of_tensor_cores(tmp_path):
-    """Triton 3.7 makes tf32 of a product of 64 rows on sm_100 where an operand was bf16, whatever the precision asked."""
+    """Triton 3.7 takes tf32 for 64 rows on sm_100 where an operand was bf16, whatever precision is asked for."""
     wide = next(one for one in kernel.EXAMPLES if one[2] > 1000)
     examples = [(*wide[:4], *kinds, *wide[6:]) for kinds in ((torch.bfloat16, torch.float32), (torch.bfloat16,) * 2)]
     program = (

@@ -261,7 +261,9 @@ def _offload(result: dict) -> tuple[str, str, str]:
         figures += f"; hits {hits} where a perfect cache has {oracle} and chance {chance}"
     figures += f"; {len(runs)} runs of {median(len(run['seconds']) for run in runs):g} tokens"
     if card and not gpu(result):
-        figures += f". Main memory stands in for the card here: the speed is that of {about['threads']} CPU cores and a disk"
+        figures += (
+            f". Main memory stands in for the card here: the speed is that of {about['threads']} CPU cores and a disk"
+        )
     if llama := result["llama"]:
         bare = [one["bare_tokens_per_second"] for one in rounds]
         figures += f". Without drawing tokens {number(median(bare))} ({between(bare)}), "
