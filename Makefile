@@ -51,10 +51,12 @@ bench-offload: shapes
 	$(OFFLOAD)/v2-lite --ram 4GB
 	$(OFFLOAD)/v2-lite --ram 12GB $(LIKEWISE)
 	$(OFFLOAD)/v2 --vram 16GiB --ram 1500MB --context 8192 --cache q6 --prompt 8 --tokens 4
+	$(BIN)/python -m workbench.benchmarks.table
 
 bench-offload-gpu: shapes
 	$(OFFLOAD)/v2 --dtype bfloat16 --device cuda --vram 16GiB --ram 100GiB --context 8192 --cache q6
 	$(OFFLOAD)/v2-lite --dtype bfloat16 --device cuda --vram 4GiB --ram 16GiB
+	$(BIN)/python -m workbench.benchmarks.table
 
 # GPU_PYTHON: a Python that has torch with CUDA, triton and this package, where the one of VENV has not
 GPU_PYTHON ?= $(BIN)/python
@@ -66,6 +68,7 @@ bench-gpu:
 	$(GPU_PYTHON) -m workbench bench decode --shape v2-lite $(ON_GPU)
 	$(GPU_PYTHON) -m workbench bench prefill --shape v2-lite $(ON_GPU)
 	$(GPU_PYTHON) -m workbench bench batch --shape v2-lite $(ON_GPU)
+	$(GPU_PYTHON) -m workbench.benchmarks.table
 
 lint: setup
 	$(BIN)/ruff check .

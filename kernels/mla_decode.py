@@ -54,18 +54,18 @@ def coded(
     BYTES: tl.constexpr = RUN * BITS // 8
     PITCH: tl.constexpr = WIDTH * BITS // 8
     runs = FIRST // RUN + tl.arange(0, BLOCK_W // RUN)
-    start = tl.arange(0, BLOCK_N)[:, None] * PITCH + runs[None, :] * BYTES
+    start = tl.arange(0, BLOCK_N)[:, None, None] * PITCH + runs[None, :, None] * BYTES
     base_ptr = codes_ptr + row * PITCH // 4  # BLOCK_N rows fill whole words, whatever WIDTH is
-    inside = tl.broadcast_to((runs < WIDTH // RUN)[None, :], start.shape)
-    shifts = BITS * tl.arange(0, RUN)
+    inside = tl.broadcast_to((runs < WIDTH // RUN)[None, :, None], start.shape)
+    shifts = (BITS * tl.arange(0, RUN))[None, None, :]
     if BYTES == 4:
         words = tl.load(base_ptr + start // 4, mask=inside, other=0)
-        codes = words[:, :, None] >> shifts[None, None, :]
+        codes = words >> shifts
     else:
         low = tl.load(base_ptr + start // 4, mask=inside, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
         high = tl.load(base_ptr + start // 4 + 1, mask=inside, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
         words = (low | (high << 32)) >> (8 * (start % 4)).to(tl.uint64)
-        codes = (words[:, :, None] >> shifts[None, None, :].to(tl.uint64)).to(tl.int32)
+        codes = (words >> shifts.to(tl.uint64)).to(tl.int32)
     exact = (codes & (2**BITS - 1)) | EXACT
     values = exact.to(tl.float32, bitcast=True) - (8388608.0 + 2 ** (BITS - 1) - 1)  # cheaper than a conversion
     return values.reshape(BLOCK_N, BLOCK_W)
@@ -76,9 +76,9 @@ def unpacked(
     values_ptr,
     part_ptr,
     whole_ptr,
-    pitch,
     row,
     inside,
+    PITCH: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -95,13 +95,13 @@ def unpacked(
     if BITS == 0 and GROUP == 0:
         columns = FIRST + tl.arange(0, BLOCK_W)
         mask = inside[:, None] & (columns < WIDTH)[None, :]
-        values = tl.load(values_ptr + row * pitch + rows[:, None] * pitch + columns[None, :], mask=mask, other=0.0)
+        values = tl.load(values_ptr + row * PITCH + rows[:, None] * PITCH + columns[None, :], mask=mask, other=0.0)
     elif BITS == 0:
         SIZE: tl.constexpr = min(GROUP, BLOCK_W)
         tiles = FIRST // SIZE + tl.arange(0, BLOCK_W // SIZE)
         columns = tiles[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
         mask = inside[:, None, None] & (columns < WIDTH)[None, :, :]
-        packed = tl.load(values_ptr + row * pitch + rows[:, None, None] * pitch + columns[None, :, :], mask, other=0.0)
+        packed = tl.load(values_ptr + row * PITCH + rows[:, None, None] * PITCH + columns[None, :, :], mask, other=0.0)
         COUNT: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
         mask = inside[:, None] & (tiles < COUNT)[None, :]
         part = tl.load(part_ptr + row * COUNT + rows[:, None] * COUNT + tiles[None, :], mask=mask, other=0.0)
@@ -114,9 +114,10 @@ def unpacked(
         else:
             groups = FIRST // GROUP + tl.arange(0, BLOCK_W // GROUP)
             COUNT: tl.constexpr = WIDTH // GROUP
+            start = rows[:, None] * COUNT + groups[None, :]
             mask = inside[:, None] & (groups < COUNT)[None, :]
-            part = tl.load(part_ptr + row * COUNT + rows[:, None] * COUNT + groups[None, :], mask=mask, other=0)
-            unit = part.to(tl.float32) * (whole / 255)[:, None]
+            part = tl.load(part_ptr + row * COUNT // 4 + start // 4, mask=mask, other=0) >> (8 * (start % 4))
+            unit = (part & 255).to(tl.float32) * (whole / 255)[:, None]
             values = values.reshape(BLOCK_N, BLOCK_W // GROUP, GROUP) * unit[:, :, None]
             values = values.reshape(BLOCK_N, BLOCK_W)
     return values
@@ -148,10 +149,10 @@ def mla_decode_kernel(
     position_t,
     position_h,
     table_b,
-    latent_pitch,
-    rope_pitch,
     C: tl.constexpr,
     R: tl.constexpr,
+    LATENT_PITCH: tl.constexpr,
+    ROPE_PITCH: tl.constexpr,
     LATENT_BITS: tl.constexpr,
     LATENT_GROUP: tl.constexpr,
     ROPE_BITS: tl.constexpr,
@@ -201,15 +202,15 @@ def mla_decode_kernel(
         positions = start + tl.arange(0, BLOCK_N)
         inside = positions < end
         left = unpacked(
-            latent_ptr, latent_part_ptr, latent_whole_ptr, latent_pitch, row, inside,
+            latent_ptr, latent_part_ptr, latent_whole_ptr, row, inside, LATENT_PITCH,
             LATENT_BITS, LATENT_GROUP, C, 0, HALF, BLOCK_N,
         ).to(kind)  # fmt: skip
         right = unpacked(
-            latent_ptr, latent_part_ptr, latent_whole_ptr, latent_pitch, row, inside,
+            latent_ptr, latent_part_ptr, latent_whole_ptr, row, inside, LATENT_PITCH,
             LATENT_BITS, LATENT_GROUP, C, HALF, HALF, BLOCK_N,
         ).to(kind)  # fmt: skip
         rope = unpacked(
-            rope_ptr, None, rope_whole_ptr, rope_pitch, row, inside, ROPE_BITS, 0, R, 0, BLOCK_R, BLOCK_N
+            rope_ptr, None, rope_whole_ptr, row, inside, ROPE_PITCH, ROPE_BITS, 0, R, 0, BLOCK_R, BLOCK_N
         ).to(kind)  # fmt: skip
         scores = tl.dot(content_left, tl.trans(left), input_precision=PRECISION)
         scores = tl.dot(content_right, tl.trans(right), scores, input_precision=PRECISION)
@@ -329,14 +330,14 @@ def refuses(content: torch.Tensor, position: torch.Tensor, latents, scale: float
 
 
 def tensors(latents, bits: int, group: int) -> dict[str, torch.Tensor | None]:
-    """The parts of a cache by the names of the kernel; codes as 32-bit words."""
+    """The parts of a cache by the names of the kernel; bytes as 32-bit words."""
     parts = [part.view(-1).view(torch.int32) if part.dtype == torch.uint8 else part for part in latents.parts]
     if not bits:
         part = latents.parts[1] if group else None
         rope = parts[2:] if group else [parts[0][:, latents.row[0] :]]
         latent = [parts[0], part, None]
     else:
-        latent = [parts[0], latents.parts[1] if group else None, parts[2 if group else 1]]
+        latent = [parts[0], parts[1] if group else None, parts[2 if group else 1]]
         rope = parts[3 if group else 2 :]
     rope = [*rope, None]
     names = ("latent_ptr", "latent_part_ptr", "latent_whole_ptr", "rope_ptr", "rope_whole_ptr")
@@ -389,10 +390,10 @@ def launch(content: torch.Tensor, position: torch.Tensor, latents, scale: float)
         position_t=position.stride(1),
         position_h=position.stride(2),
         table_b=latents.table.stride(0),
-        latent_pitch=latents.parts[0].stride(0),
-        rope_pitch=0 if turned else latents.parts[2 if group else 0].stride(0),
         C=width,
         R=position.shape[-1],
+        LATENT_PITCH=latents.parts[0].shape[1],
+        ROPE_PITCH=0 if turned else latents.parts[2 if group else 0].shape[1],
         LATENT_BITS=bits,
         LATENT_GROUP=group,
         ROPE_BITS=turned,

@@ -90,7 +90,7 @@ def route_kernel(
     tl.debug_barrier()
     counter = counters_ptr + tl.program_id(1)
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-        tl.store(counter, 1)  # for the next launch
+        tl.store(counter, 0)  # for the next launch
         for step in range(0, BLOCK_N, ROWS):
             choose(
                 logits_ptr, ids_ptr, gates_ptr, scores_ptr, ring_experts_ptr, ring_gates_ptr, ring_margins_ptr,
@@ -124,7 +124,7 @@ def choose(
             members = (expert // GROUP) == (best // GROUP)[:, None]
             kept = kept | members
             open_rank = tl.where(members, -1, open_rank)
-        rank = tl.where(kept | (expert >= E), rank, 0)
+        rank = tl.where(kept, rank, 0)  # what is no expert too: it comes after those of dropped groups, by its number
 
     # one after the other, K experts and the best of the rest: equal ones by number. There are K with a rank of at least
     # 0 always, so that ids are experts, and different ones, whatever the logits are

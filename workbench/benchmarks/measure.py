@@ -108,13 +108,15 @@ def scatter(load: float) -> str:
 
 
 def keep(folder: Path, kind: str, result: dict) -> Path:
-    """Writes a result under its kind, day and model. RequestError outside a checkout."""
+    """Writes a result under its kind, day, model and, where it was a GPU, device. RequestError outside a checkout."""
     if not folder.parent.is_dir():
         raise RequestError(f"{folder.parent} is not there: results are kept in a checkout of the project.")
     folder.mkdir(exist_ok=True)
     about = result["about"]
     model = about["model"].replace(" ", "-")
-    path = folder / f"{kind}-{about['date'][:10]}-{model}-{about['dtype']}-{about['threads']}t.json"
+    where = about.get("device", "")
+    where = where.replace(" ", "-").lower() if where.startswith("NVIDIA") else f"{about['threads']}t"
+    path = folder / f"{kind}-{about['date'][:10]}-{model}-{about['dtype']}-{where}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 

@@ -129,11 +129,7 @@ def _where(path: Path, result: dict) -> str:
 
 
 def _cores(about: dict) -> int:
-    found = re.search(r"(\d+) cores", about["cpu"])
-    return int(found[1]) if found else about["threads"]
-
-
-# figures
+    return int(re.search(r"(\d+) cores|$", about["cpu"])[1] or about["threads"])
 
 
 def times(ratio: float) -> str:
@@ -188,10 +184,8 @@ def _command(what: str, result: dict) -> str:
 def _cpu(result: dict) -> tuple[str, str, str]:
     about = result["about"]
     compared = [row for row in result["rows"] if row["theirs"]]
-    figures = "; ".join(
-        f"{row['name']}: {number(median(row['ours']))}, {_ratio(row['ours'], row['theirs'])}" for row in compared
-    )
-    figures = f"tokens/s, and how many times transformers': {figures}"
+    each = (f"{row['name']}: {number(median(row['ours']))}, {_ratio(row['ours'], row['theirs'])}" for row in compared)
+    figures = f"tokens/s, and how many times transformers': {'; '.join(each)}"
     llama = [median(row["ours"]) / median(row["llama"]) for row in compared if row.get("llama")]
     if llama:
         figures += (
@@ -217,8 +211,7 @@ def _speeds(kind: str, title: str, result: dict) -> tuple[str, str, str]:
         if recorded := sides.get("routing recorded"):
             line += f", with routing recorded {percent(median(recorded) / median(ours))} of that speed"
         lines.append(line)
-    what = f"{_model(result['about'])}, {DTYPES[result['about']['dtype']]}: {title}"
-    what += ", beside what bytes and operations allow at rates measured in the same run"
+    what = f"{_model(result['about'])}, {DTYPES[result['about']['dtype']]}: {title}, beside the limit of the same run"
     return what, "; ".join(lines), "`make bench-gpu`" if gpu(result) else _command(kind, result)
 
 
@@ -249,21 +242,17 @@ def _offload(result: dict) -> tuple[str, str, str]:
     figures = f"{number(median(speeds))} tokens/s ({between(speeds)}), "
     allow = [name for name in ("disk", "memory", "link") if bound[f"{name}_ms"]]
     figures += f"{percent(bound['share'])} of what {' and '.join(allow)} allow{'s' * (len(allow) == 1)}; "
-    figures += f"held: residents, {held} experts, cache for {about['context']:,} tokens and workspace, "
+    figures += f"residents, {held} experts, cache for {about['context']:,} tokens and workspace, "
     figures += f"weights, tables and slots within {percent(off, 4)} of the plan"
     peak, limit = (max(fence[name] for fence in result["fences"]) / 1e9 for name in ("peak", "limit"))
     figures += f"; peak {peak:.2f} of {limit:.2f} GB"
     runs = [run for one in rounds for run in one["runs"]]
     if seen := [run["traffic"] for run in runs if "traffic" in run]:
-        hits, oracle, chance = (
-            percent(median(one[name] for one in seen), 1) for name in ("hit_rate", "oracle", "chance")
-        )
-        figures += f"; hits {hits} where a perfect cache has {oracle} and chance {chance}"
+        rates = [percent(median(one[name] for one in seen), 1) for name in ("hit_rate", "oracle", "chance")]
+        figures += "; hits {} where a perfect cache has {} and chance {}".format(*rates)
     figures += f"; {len(runs)} runs of {median(len(run['seconds']) for run in runs):g} tokens"
     if card and not gpu(result):
-        figures += (
-            f". Main memory stands in for the card here: the speed is that of {about['threads']} CPU cores and a disk"
-        )
+        figures += f". Main memory stands in for the card: the speed is that of {about['threads']} CPU cores and a disk"
     if llama := result["llama"]:
         bare = [one["bare_tokens_per_second"] for one in rounds]
         figures += f". Without drawing tokens {number(median(bare))} ({between(bare)}), "
@@ -299,10 +288,11 @@ def _cache(result: dict) -> tuple[str, str, str]:
     figures = f"{_change(quality['perplexity'])} perplexity, 95 % interval; {percent(1 - quality['same'], 1)} of the "
     figures += f"favourite tokens change, over {about['texts']} texts of {about['length']:,} tokens"
     if exam:
-        figures += f"; {exam['passed']} of {exam['total']} questions, where {about['reference']} passes "
-        figures += f"{exam['reference']}"
-    what = f"{_model(about)}, {DTYPES[about['dtype']]}: what the 6-bit cache costs beside a cache in "
-    return f"{what}{about['reference']}", figures, _command("cache", result)
+        figures += (
+            f"; {exam['passed']} of {exam['total']} questions, where {about['reference']} has {exam['reference']}"
+        )
+    what = f"{_model(about)}, {DTYPES[about['dtype']]}: what the 6-bit cache costs beside one in {about['reference']}"
+    return what, figures, _command("cache", result)
 
 
 def _schemes(result: dict) -> tuple[str, str, str]:
@@ -342,10 +332,8 @@ KINDS: dict[str, Callable[[dict], tuple[str, str, str]]] = {
 
 
 if __name__ == "__main__":
-    if not README.is_file():
-        sys.exit(f"{README} is not there: the rows are written in a checkout of the project.")
     try:
         README.write_text(current(README.read_text(encoding="utf-8")), encoding="utf-8")
-    except RequestError as error:
+    except (RequestError, FileNotFoundError) as error:  # there is no README outside a checkout
         sys.exit(str(error))
     sys.stdout.write(f"{README.name}: {len(rows())} measured rows\n")

@@ -5,6 +5,7 @@ from workbench.exercises.cache import check_held_bytes, check_pack_five, check_q
 from workbench.exercises.claims import check_supports
 from workbench.exercises.edits import check_without_group
 from workbench.exercises.feedback import Feedback
+from workbench.exercises.kernels import check_merge
 from workbench.exercises.mixture import MIX, check_mix
 from workbench.exercises.offloading import check_hits_needed, check_packed_bytes
 from workbench.exercises.positions import check_rotate_pairs
@@ -24,6 +25,7 @@ __all__ = [
     "check_choose",
     "check_held_bytes",
     "check_hits_needed",
+    "check_merge",
     "check_mix",
     "check_overlap",
     "check_packed_bytes",
