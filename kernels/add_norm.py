@@ -69,12 +69,14 @@ def work(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float)
 
 
 # shape, type of x, type of delta: a token of V2, a batch of V2-Lite, odd ones
-EXAMPLES = tuple(
-    (shape, *types)
-    for shape in ((1, 1, 5120), (16, 2048), (3, 7, 193), (2, 1))
-    for types in (
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-    )
+_FP32, _BF16 = torch.float32, torch.bfloat16
+EXAMPLES = (
+    ((1, 1, 5120), _BF16, _BF16),
+    ((1, 1, 5120), _BF16, _FP32),
+    ((1, 1, 5120), _FP32, _FP32),
+    ((16, 2048), _BF16, _BF16),
+    ((16, 2048), _BF16, _FP32),
+    ((3, 7, 193), _BF16, _FP32),
+    ((3, 7, 193), _FP32, _FP32),
+    ((2, 1), _BF16, _BF16),
 )

@@ -108,7 +108,8 @@ def unpacked(
         values = (packed.to(tl.float32) * part[:, :, None]).reshape(BLOCK_N, BLOCK_W)
     else:
         values = coded(values_ptr, row, BITS, WIDTH, FIRST, BLOCK_W, BLOCK_N)
-        whole = tl.load(whole_ptr + row + rows, mask=inside, other=0.0).to(tl.float32)
+        whole = tl.load(whole_ptr + row // 2 + rows // 2, mask=inside, other=0) >> (16 * (rows % 2))
+        whole = whole.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         if GROUP == 0:
             values = values * whole[:, None]
         else:
@@ -195,10 +196,13 @@ def mla_decode_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     read_left = tl.zeros([BLOCK_M, HALF], tl.float32)
     read_right = tl.zeros([BLOCK_M, HALF], tl.float32)
+    table_ptr += wide * table_b
+    page = tl.load(table_ptr + first * BLOCK_N // PAGE)
     for tile in range(first, last):
         start = tile * BLOCK_N
-        page = tl.load(table_ptr + wide * table_b + start // PAGE)
         row = page.to(tl.int64) * PAGE + start % PAGE
+        # one ahead, or the pipeline would spend one of its stages on it
+        page = tl.load(table_ptr + (start + BLOCK_N) // PAGE, mask=tile + 1 < last, other=0)
         positions = start + tl.arange(0, BLOCK_N)
         inside = positions < end
         left = unpacked(
@@ -330,15 +334,14 @@ def refuses(content: torch.Tensor, position: torch.Tensor, latents, scale: float
 
 
 def tensors(latents, bits: int, group: int) -> dict[str, torch.Tensor | None]:
-    """The parts of a cache by the names of the kernel; bytes as 32-bit words."""
-    parts = [part.view(-1).view(torch.int32) if part.dtype == torch.uint8 else part for part in latents.parts]
-    if not bits:
-        part = latents.parts[1] if group else None
-        rope = parts[2:] if group else [parts[0][:, latents.row[0] :]]
-        latent = [parts[0], part, None]
+    """The parts of a cache by the names of the kernel; bytes and fp16 as 32-bit words."""
+    words = (torch.uint8, torch.float16)
+    parts = [part.view(-1).view(torch.int32) if part.dtype in words else part for part in latents.parts]
+    if bits:
+        latent, rope = ([*parts[:3]], parts[3:]) if group else ([parts[0], None, parts[1]], parts[2:])
     else:
-        latent = [parts[0], parts[1] if group else None, parts[2 if group else 1]]
-        rope = parts[3 if group else 2 :]
+        latent, rope = ([*parts[:2], None], parts[2:]) if group else ([parts[0], None, None], None)
+    rope = [parts[0][:, latents.row[0] :]] if rope is None else rope
     rope = [*rope, None]
     names = ("latent_ptr", "latent_part_ptr", "latent_whole_ptr", "rope_ptr", "rope_whole_ptr")
     return dict(zip(names, [*latent, *rope[:2]], strict=True))

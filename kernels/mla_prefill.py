@@ -23,12 +23,13 @@ def _over(
     W1: tl.constexpr, W2: tl.constexpr, BLOCK_2: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The softmax's sum and largest [m] and the output [m, V] after the keys from start to end, whole tiles.
+    """The softmax's sum and largest [m] and the output [m, V] after the keys from start to end; pointers are at start.
 
-    The pointers are at the first of them. seen [m]: how many keys each query sees. Not MASKED: every query sees every key of these.
+    seen [m]: how many keys each query sees. If not MASKED these are whole tiles, and every query sees all of them.
     """
     column, at_1, at_v = tl.arange(0, BLOCK_N), tl.arange(0, W1), tl.arange(0, BLOCK_V)
-    for first in range(start, end, BLOCK_N):
+    # the few tiles on the diagonal are not loaded ahead: registers for both loops would be more than there are
+    for first in tl.range(start, end, BLOCK_N, num_stages=1 if MASKED else None):
         key = key_ptr + column[:, None] * key_n
         there = (first + column < length)[:, None]
         if MASKED:
@@ -43,11 +44,10 @@ def _over(
             else:
                 rest = tl.load(key + at_2)
             score = tl.dot(query_2, tl.trans(rest), score, input_precision=PRECISION)
-        score = score * steepness
         if MASKED:
             score = tl.where((first + column)[None] < seen[:, None], score, float("-inf"))
-        now = tl.maximum(largest, tl.max(score, 1))
-        weight, kept = tl.exp2(score - now[:, None]), tl.exp2(largest - now)
+        now = tl.maximum(largest, tl.max(score, 1) * steepness)
+        weight, kept = tl.exp2(score * steepness - now[:, None]), tl.exp2(largest - now)
         total = total * kept + tl.sum(weight, 1)
         largest = now
         value = value_ptr + column[:, None] * value_n + at_v[None]
@@ -145,10 +145,10 @@ def _processors(device: torch.device) -> int:
 def tiles(dtype: torch.dtype, longest: int, others: int, processors: int) -> dict[str, int]:
     """How the work is cut: `others` heads and sequences have up to `longest` queries each."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if triton.cdiv(longest, 128) * others < 2 * processors:  # small tiles, so that every processor has some
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+    if triton.cdiv(longest, 128) * others < processors:  # small tiles, so that every processor has some
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 
 
 def refuses(query, key, value, query_starts, key_starts, longest: int, scale: float) -> str | None:
@@ -160,6 +160,8 @@ def refuses(query, key, value, query_starts, key_starts, longest: int, scale: fl
         return f"keys {list(key.shape)} and values {list(value.shape)} are not one for each of {heads} heads"
     if width % 16 or value.shape[2] % 16 or not 16 <= width < 512 or not 16 <= value.shape[2] <= 256:
         return f"widths {width} and {value.shape[2]} are not multiples of 16, below 512 and up to 256"
+    if scale <= 0:
+        return f"the scale {scale} is not positive"
     if query.stride(2) != 1 or key.stride(2) != 1 or value.stride(2) != 1:
         return "elements of a vector are not next to each other"
     if query_starts.dtype != torch.int32 or key_starts.dtype != torch.int32:
@@ -211,7 +213,7 @@ def work(query, key, value, query_starts, key_starts, longest: int, scale: float
 # V2's widths in small and in large tiles, pocket's, one that no power of two divides well
 EXAMPLES = (
     (torch.bfloat16, ((70, 70), (3, 130)), 70, 2, 192, 128),
-    (torch.bfloat16, ((40, 200), (130, 130)), 17000, 1, 192, 128),
+    (torch.bfloat16, ((40, 200), (130, 130)), 8500, 1, 192, 128),
     (torch.bfloat16, ((65, 65),), 65, 8, 48, 32),
     (torch.bfloat16, ((20, 83),), 20, 1, 112, 48),
     (torch.float32, ((33, 33), (1, 97)), 33, 2, 192, 128),

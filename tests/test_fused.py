@@ -6,13 +6,11 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import checkpoints
 import pytest
 import torch
 
-import workbench
 from workbench import fused, ops
 from workbench.cache import LatentCache
 from workbench.checkpoint import Random
@@ -30,10 +28,10 @@ from workbench.recorder import Recorder
 from workbench.ring import RoutingRing
 from workbench.sampling import Sampling
 from workbench.tokenizer import Tokenizer
+from workbench.workbench import POCKET
 
 pytestmark = pytest.mark.skipif(fused.missing() is not None, reason=f"no fused pass here: {fused.missing()}")
 
-POCKET = Path(workbench.__file__).parent / "pocket"
 SMALL = replace(
     Config.preset("pocket"),
     vocab_size=301,
@@ -452,11 +450,11 @@ def test_an_engine_says_the_same(tokenizer):
 def test_pocket_writes_the_same_text(name):
     """Where the operations are decided: what comes first leads by more than one code can add."""
     pocket, tokenizer = open_model(POCKET, dtype=torch.float32), Tokenizer(POCKET)
-    for prompt in ("Once upon a time there was a little dog", "The two brothers", "Why is the sky"):
+    for prompt in ("Once upon a time there was a little dog", "Why is the sky blue?"):
         tokens = torch.tensor([[tokenizer.bos, *tokenizer.encode(prompt)]])
         caches = [LatentCache(pocket.config, 1, name) for _ in range(2)]
         decided = 0
-        for _ in range(60):
+        for _ in range(40):
             logits = []
             for fuse, cache in zip((True, False), caches):
                 pocket.fuse = fuse
@@ -468,7 +466,7 @@ def test_pocket_writes_the_same_text(name):
             if first - second > 0.1:
                 decided += 1
                 assert tokens.item() == logits[1].argmax().item(), (prompt, caches[0].lengths)
-        assert decided > 40
+        assert decided > 25
 
 
 def test_threads_that_pass_at_once_do_not_disturb_each_other(threads):

@@ -5,7 +5,7 @@ from math import isnan
 
 import pytest
 
-from workbench.benchmarks.kept import OFFLOADS, offloads
+from workbench.benchmarks.kept import KERNELS, OFFLOADS, PEERS, SPEEDS, kernels, offloads, peers, speeds
 from workbench.errors import RequestError
 
 
@@ -49,3 +49,58 @@ def test_what_is_no_result_is_named(tmp_path, text):
     keep(tmp_path, "4GB").write_text(text)
     with pytest.raises(RequestError, match="offload-4GB-2026-11-25.json"):
         offloads(tmp_path)
+
+
+def put(folder, kind, rows, **more):
+    about = {"model": "pocket", "dtype": "float32", "threads": 2, "date": "2026-11-25T14:00:00+00:00"}
+    about |= {"cpu": "a processor, 2 cores", "device": "a device"} | more
+    path = folder / f"{kind}-2026-11-25-pocket-float32-2t.json"
+    path.write_text(json.dumps({"about": about, "rows": rows}))
+    return path
+
+
+def test_a_row_beside_others_is_a_row(tmp_path):
+    alone = {"name": "whole engine at 1", "ours": [4.0], "theirs": []}
+    put(
+        tmp_path, "cpu", [{"name": "decode at 0", "ours": [3.0, 9.0, 1.0], "theirs": [2.0], "llama": [1.0, 2.0]}, alone]
+    )
+    table = peers(tmp_path)
+    assert tuple(table.columns) == PEERS and table.index.tolist() == ["pocket"] * 2
+    assert table.iloc[0].tolist() == [
+        "decode at 0", "float32", 2, 3.0, 2.0, 1.5, "2026-11-25", "a processor, 2 cores",
+    ]  # fmt: skip
+    assert table.iloc[1][["transformers", "llama.cpp"]].isna().all() and table["workbench"].tolist() == [3.0, 4.0]
+
+
+def test_a_way_of_decoding_is_a_row_beside_its_bound(tmp_path):
+    sides = {"workbench": [5.0, 1.0, 2.0], "operation by operation": [1.0]}
+    put(tmp_path, "decode", [{"name": "decode at 0", "sides": sides, "bound": 8.0, "binds": "bytes a token reads"}])
+    put(tmp_path, "batch", [{"name": "batch of 4", "sides": {"workbench": [3.0]}, "bound": 4.0, "binds": "operations"}])
+    table = speeds("decode", tmp_path)
+    assert tuple(table.columns) == SPEEDS and table["side"].tolist() == list(sides)
+    assert table["share"].tolist() == [0.25, 0.125] and set(table["device"]) == {"a device"}
+    assert speeds("batch", tmp_path)["what"].tolist() == ["batch of 4"] and speeds("prefill", tmp_path).empty
+
+
+def test_a_shape_of_a_kernel_is_a_row(tmp_path):
+    row = {"kernel": "rms_norm", "shape": "a token", "least": 2.0, "binds": "bytes", "wrong": ""}
+    rows = [row | {"ours": [8.0, 3.0, 4.0], "peer": [6.0]}, row | {"ours": [], "peer": [], "wrong": "WRONG: far"}]
+    put(tmp_path, "kernels", rows)
+    table = kernels(tmp_path)
+    assert tuple(table.columns) == KERNELS and table.index.tolist() == ["rms_norm"] * 2
+    assert table.iloc[0].tolist() == ["a token", 2.0, "bytes", 4.0, 0.5, 6.0, "", "2026-11-25", "a device"]
+    assert isnan(table.iloc[1]["share"]) and table["wrong"].tolist() == ["", "WRONG: far"]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "decode", "batch", "kernels"])
+@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"about": {}, "rows": [{}]}', '{"about": {}, "rows": [1]}'])
+def test_a_result_of_another_kind_is_named(tmp_path, kind, text):
+    put(tmp_path, kind, []).write_text(text)
+    read = {"cpu": peers, "kernels": kernels}.get(kind, lambda folder: speeds(kind, folder))
+    with pytest.raises(RequestError, match=f"{kind}-2026-11-25.*bench {kind}"):
+        read(tmp_path)
+
+
+def test_what_is_kept_in_the_project_is_read():
+    assert all(len(table.columns) for table in (offloads(), peers(), speeds("decode"), speeds("batch"), kernels()))
+    assert (peers()["workbench"] > 0).all() and not peers().empty

@@ -30,10 +30,10 @@ def part_of(scores: torch.Tensor, values: torch.Tensor) -> Part:
     return Part(largest, weights.sum(1), weights @ values)
 
 
+SWAYED = (2.0, -2.0, 2.0, -2.0, 2.0)
 # how many keys the parts have, and what is added to their scores: one thing to get wrong at a time
 PAIRS = {
-    "parts of 6 and 4 keys, the larger scores in a": ((6, 3.0), (4, 0.0)),
-    "parts of 4 and 6 keys, the larger scores in b": ((4, 0.0), (6, 3.0)),
+    "6 keys in a, 4 in b, some heads with their largest score in a, some in b": ((6, SWAYED), (4, 0.0)),
     "scores around 5,000 in a and 4,995 in b": ((5, 5000.0), (5, 4995.0)),
     "scores around -3,000 in a and 3,000 in b": ((3, -3000.0), (3, 3000.0)),
     "no keys in b": ((5, 0.0), (0, 0.0)),
@@ -66,8 +66,8 @@ def check_merge(merge: Callable[[Part, Part], tuple]) -> Feedback:
     )
 
 
-def _drawn(keys: int, level: float) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = torch.randn(HEADS, keys, dtype=torch.float64) + level
+def _drawn(keys: int, level: float | tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.rand(HEADS, keys, dtype=torch.float64) + torch.tensor(level).expand(HEADS)[:, None]
     return scores, torch.randn(keys, WIDTH, dtype=torch.float64)
 
 
@@ -112,8 +112,8 @@ def _mismerged(answer: Part, right: Part, a: Part, b: Part) -> str:
             return "gave NaN: -inf less -inf is no number. Where neither has keys, subtract 0 instead"
         return "gave NaN. Where does an infinite number meet 0, or another one? Subtract before exp, not after"
     if answer.total.isinf().any() or answer.out.isinf().any():
-        return "gave infinity: exp of a large score is too large for any type. exp(largest of a part - largest of both) "\
-               "is at most 1"  # fmt: skip
+        return "gave infinity: exp of a large score is too large for any type. exp(largest of a part - largest of "\
+               "both) is at most 1"  # fmt: skip
     now = right.largest.nan_to_num(neginf=0.0)
     keep_a, keep_b = (a.largest - now).exp(), (b.largest - now).exp()
     told = "each part's own, times exp(its largest - the largest of both), added up"
@@ -121,7 +121,7 @@ def _mismerged(answer: Part, right: Part, a: Part, b: Part) -> str:
         causes = (
             (
                 a.total + b.total,
-                "they are added as they are, but their weights were made with different largest scores",
+                "added as they are, but their weights were made with different largest scores",
             ),
             (a.total * keep_a + b.total, "b's is not rescaled"),
             (a.total + b.total * keep_b, "a's is not rescaled"),

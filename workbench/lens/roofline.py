@@ -1,4 +1,4 @@
-"""What bounds a step of decoding: the bytes it moves and the operations it computes, part by part, from the shape alone.
+"""What bounds a step of decoding: the bytes it moves and the operations it computes, part by part, from a shape alone.
 
 A step takes `batch` sequences `new` tokens further. It reads each weight it needs once, however many tokens share it,
 and each cached row once. What tokens hand from part to part is left out: a few kilobytes a token and layer. Attention

@@ -8,6 +8,16 @@ from workbench.benchmarks.cases.compare import close
 
 TENSOR_CORES = ()  # kernels that must use them
 EPS = 1e-6
+MEASURED = {
+    f"{model}, {tokens} {'token' if tokens == 1 else 'tokens'}, delta {str(kind).removeprefix('torch.')}": (
+        (tokens, width),
+        torch.bfloat16,
+        kind,
+    )
+    for model, width in (("V2-Lite", 2048), ("V2", 5120))
+    for tokens in (1, 4096)
+    for kind in (torch.bfloat16, torch.float32)
+}
 
 
 def arguments(example, device: torch.device, generator: torch.Generator) -> tuple:
