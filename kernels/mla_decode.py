@@ -15,7 +15,6 @@ PAGE = tl.constexpr(64)  # rows of the pool that lie together
 LOWEST = tl.constexpr(-1e38)  # below every score, and finite: differences of it are numbers
 EXACT = tl.constexpr(0x4B000000)  # 2^23 as fp32: a code in its lowest bits is added to it
 LEAST = 128  # rows of the cache that are worth a program of their own
-PROGRAMS = 1  # of each multiprocessor, at most
 LOG2_E = 1.4426950408889634
 
 
@@ -98,13 +97,13 @@ def unpacked(
         values = tl.load(values_ptr + row * PITCH + rows[:, None] * PITCH + columns[None, :], mask=mask, other=0.0)
     elif BITS == 0:
         SIZE: tl.constexpr = min(GROUP, BLOCK_W)
-        tiles = FIRST // SIZE + tl.arange(0, BLOCK_W // SIZE)
-        columns = tiles[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        COUNT: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
+        tiles = FIRST + SIZE * tl.arange(0, BLOCK_W // SIZE)
+        columns = tiles[:, None] + tl.arange(0, SIZE)[None, :]
         mask = inside[:, None, None] & (columns < WIDTH)[None, :, :]
         packed = tl.load(values_ptr + row * PITCH + rows[:, None, None] * PITCH + columns[None, :, :], mask, other=0.0)
-        COUNT: tl.constexpr = (WIDTH + SIZE - 1) // SIZE
-        mask = inside[:, None] & (tiles < COUNT)[None, :]
-        part = tl.load(part_ptr + row * COUNT + rows[:, None] * COUNT + tiles[None, :], mask=mask, other=0.0)
+        mask = inside[:, None] & (tiles < WIDTH)[None, :]
+        part = tl.load(part_ptr + row * COUNT + rows[:, None] * COUNT + tiles[None, :] // GROUP, mask=mask, other=0.0)
         values = (packed.to(tl.float32) * part[:, :, None]).reshape(BLOCK_N, BLOCK_W)
     else:
         values = coded(values_ptr, row, BITS, WIDTH, FIRST, BLOCK_W, BLOCK_N)
@@ -124,7 +123,7 @@ def unpacked(
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "wanted", "table_b"])  # compiled once, however a batch and its pages grow
 def mla_decode_kernel(
     content_ptr,
     position_ptr,
@@ -180,7 +179,7 @@ def mla_decode_kernel(
     asked = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # token and head of each row
     real = asked < new * heads
     token, head = asked // heads, asked % heads
-    seen = end - new + token + 1  # positions that a row sees
+    unseen = token + 1 - new  # less the length: the first position that a row does not see
     wide = sequence.to(tl.int64)
     columns, turned = tl.arange(0, HALF), tl.arange(0, BLOCK_R)
     content_ptr += wide * content_b
@@ -198,13 +197,12 @@ def mla_decode_kernel(
     read_right = tl.zeros([BLOCK_M, HALF], tl.float32)
     table_ptr += wide * table_b
     page = tl.load(table_ptr + first * BLOCK_N // PAGE)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, disable_licm=True):
         start = tile * BLOCK_N
         row = page.to(tl.int64) * PAGE + start % PAGE
         # one ahead, or the pipeline would spend one of its stages on it
         page = tl.load(table_ptr + (start + BLOCK_N) // PAGE, mask=tile + 1 < last, other=0)
-        positions = start + tl.arange(0, BLOCK_N)
-        inside = positions < end
+        inside = tl.arange(0, BLOCK_N) < end - start
         left = unpacked(
             latent_ptr, latent_part_ptr, latent_whole_ptr, row, inside, LATENT_PITCH,
             LATENT_BITS, LATENT_GROUP, C, 0, HALF, BLOCK_N,
@@ -219,7 +217,7 @@ def mla_decode_kernel(
         scores = tl.dot(content_left, tl.trans(left), input_precision=PRECISION)
         scores = tl.dot(content_right, tl.trans(right), scores, input_precision=PRECISION)
         scores = tl.dot(position, tl.trans(rope), scores, input_precision=PRECISION) * scale
-        scores = tl.where(positions[None, :] < seen[:, None], scores, float("-inf"))
+        scores = tl.where((tl.arange(0, BLOCK_N) + (start - end))[None, :] < unseen[:, None], scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, 1))
         kept, weights = tl.exp2(largest - now), tl.exp2(scores - now[:, None])
         total = total * kept + tl.sum(weights, 1)
@@ -242,7 +240,7 @@ def mla_decode_kernel(
         tl.store(sums_ptr + before + asked, largest + tl.log2(total), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "wanted"])
 def combine_kernel(
     pieces_ptr,
     sums_ptr,
@@ -287,12 +285,12 @@ CODES = (4, 5, 6, 8, 10)  # bits that are read
 
 
 @cache
-def device_of(index: int | None) -> tuple[int, bool]:
-    """Multiprocessors of a GPU, and whether it has 8-bit floats; of an H100 where there is none."""
+def device_of(index: int | None) -> tuple[int, int]:
+    """Multiprocessors of a GPU, and its architecture, as 90; of no GPU as many as an H100 has, and 0."""
     if index is None:
-        return 132, True
+        return 132, 0
     found = torch.cuda.get_device_properties(index)
-    return found.multi_processor_count, (found.major, found.minor) >= (8, 9)
+    return found.multi_processor_count, 10 * found.major + found.minor
 
 
 def coding(format) -> tuple[int, int, int] | None:
@@ -322,7 +320,7 @@ def refuses(content: torch.Tensor, position: torch.Tensor, latents, scale: float
         return f"rows stored as {latents.format.name} are not known"
     if latents.parts[0].dtype not in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8):
         return f"rows of {latents.parts[0].dtype} are not read"
-    if latents.parts[0].dtype == torch.float8_e4m3fn and not device_of(content.device.index)[1]:
+    if latents.parts[0].dtype == torch.float8_e4m3fn and 0 < device_of(content.device.index)[1] < 89:
         return "this GPU has no 8-bit floats"
     if not all(part.is_contiguous() for part in latents.parts):
         return "a part of the cache is not contiguous"
@@ -347,12 +345,16 @@ def tensors(latents, bits: int, group: int) -> dict[str, torch.Tensor | None]:
     return dict(zip(names, [*latent, *rope[:2]], strict=True))
 
 
-def tiles(rows: int, dtype: torch.dtype, packed: bool) -> tuple[int, int, int, int]:
-    """Rows of queries and of the cache a program holds, warps, stages. See kernels/README.md."""
+def shape(rows: int, dtype: torch.dtype, stored: torch.dtype, chip: int) -> tuple[int, int, int, int, int]:
+    """Rows of queries and of the cache a program holds, warps, stages, programs of a multiprocessor at a time."""
+    packed, stages = stored.itemsize == 1, 2 if stored == torch.float32 else 3
     if dtype == torch.float32:
-        return 16, 16, 8, 1
-    block = max(16, min(64, triton.next_power_of_2(rows)))
-    return block, 32, 8, 2
+        return 16, 16, 8, 1, 2
+    if rows <= 16:
+        return 16, 32, 4 if packed else 8, stages, 2
+    if chip == 90 and rows > 32:
+        return 64, 32, 8, stages, 1  # Hopper's products want 64 rows, which spill elsewhere
+    return 32, 16 if packed else 32, 8, stages, 1
 
 
 def launch(content: torch.Tensor, position: torch.Tensor, latents, scale: float) -> torch.Tensor:
@@ -360,16 +362,16 @@ def launch(content: torch.Tensor, position: torch.Tensor, latents, scale: float)
     batch, new, heads, width = content.shape
     rows = new * heads
     bits, group, turned = coding(latents.format)
-    block_m, block_n, warps, stages = tiles(rows, content.dtype, bool(bits or group))
+    processors, chip = device_of(content.device.index)
+    block_m, block_n, warps, stages, most = shape(rows, content.dtype, latents.parts[0].dtype, chip)
     shares = triton.cdiv(rows, block_m)  # programs that read the same piece
-    least = LEAST // block_n
-    most = triton.cdiv(latents.table.shape[1] * 64, block_n)  # tiles of the longest sequence there could be
-    programs = triton.cdiv(PROGRAMS * device_of(content.device.index)[0], shares)
-    wanted = max(programs - batch, programs // 2, 1)
-    pieces = min(wanted + batch, batch * triton.cdiv(most, least))
+    programs = triton.cdiv(most * processors, shares)
+    wanted = max(programs - batch, programs // 2, 1)  # so that pieces, up to one more a sequence, run all at once
+    length = triton.cdiv(latents.table.shape[1] * 64, block_n)  # tiles of the longest sequence there could be
+    pieces = min(wanted + batch, batch * triton.cdiv(length, LEAST // block_n))
     split = pieces > batch
     out = torch.empty((batch, new, heads, width), dtype=content.dtype, device=content.device)
-    shared = dict(BATCH=triton.next_power_of_2(batch), LEAST=least if split else most, BLOCK_N=block_n)
+    shared = dict(BATCH=triton.next_power_of_2(batch), LEAST=LEAST // block_n, BLOCK_N=block_n)
     held = torch.empty((pieces if split else 0, rows, width), dtype=torch.float32, device=content.device)
     sums = torch.empty(held.shape[:2], dtype=torch.float32, device=content.device)
     mla_decode_kernel[(shares, pieces)](
@@ -438,15 +440,16 @@ def work(content: torch.Tensor, position: torch.Tensor, latents, scale: float) -
 
 # cache, type of the queries, latent, rotary width, heads, new tokens, length of each sequence
 EXAMPLES = (
-    ("bf16", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
-    ("bf16", torch.bfloat16, 512, 64, 128, 1, (70,)),
-    ("fp32", torch.float32, 512, 64, 16, 1, (65,)),
-    ("fp8", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
-    ("int8", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
-    ("q6", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
-    ("int6", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
-    ("int4", torch.bfloat16, 512, 64, 16, 1, (65, 300)),
-    ("q6", torch.bfloat16, 512, 64, 128, 1, (70,)),
-    ("q6", torch.float32, 64, 16, 8, 3, (65, 3, 64)),
-    ("q6", torch.bfloat16, 48, 16, 5, 3, (65, 3, 64)),
+    *((name, torch.bfloat16, 512, 64, 16, 1, (65,)) for name in ("bf16", "fp8", "int8", "q6", "int6", "int4")),
+    *((name, torch.bfloat16, 512, 64, 128, 1, (33,)) for name in ("bf16", "fp8", "q6")),
+    ("fp32", torch.float32, 512, 64, 16, 1, (20,)),
+    ("bf16", torch.bfloat16, 64, 16, 8, 1, (1, 400, 64, 65)),  # pocket's widths
+    ("fp32", torch.float32, 64, 16, 8, 3, (3, 200, 64, 65)),
+    ("q6", torch.float32, 64, 16, 8, 1, (1, 65)),
+    ("int4", torch.float32, 64, 16, 7, 3, (130, 5)),
+    ("fp8", torch.float32, 64, 16, 7, 1, (65,)),
+    ("q6", torch.bfloat16, 48, 16, 5, 3, (3, 200)),
+    ("int8", torch.float32, 80, 32, 3, 1, (65,)),
+    ("int6", torch.bfloat16, 64, 16, 11, 3, (66,)),
+    ("fp32", torch.bfloat16, 64, 16, 8, 1, (66,)),
 )

@@ -9,12 +9,15 @@ two within it and over the rest.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 LOG2E = 1.4426950408889634
+WIDTH, WIDE = 192, 128  # of keys and values: with more, registers and shared memory would not hold the tiles
+LEAST = 98_304  # bytes of shared memory: GPUs with less have no tensor cores for bf16 either
 
 
 @triton.jit
@@ -137,18 +140,31 @@ def mla_prefill_exact_kernel(
     )  # fmt: skip
 
 
+class Chip(NamedTuple):
+    """What of a GPU decides how the work is cut."""
+
+    processors: int
+    shared: int  # bytes of shared memory that a program may have
+
+
 @cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def chip(device: torch.device) -> Chip:
+    """Of a CPU: an H100's."""
+    if device.type != "cuda":
+        return Chip(132, 232_448)
+    found = torch.cuda.get_device_properties(device)
+    return Chip(found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
-def tiles(dtype: torch.dtype, longest: int, others: int, processors: int) -> dict[str, int]:
+def tiles(dtype: torch.dtype, longest: int, others: int, chip: Chip) -> dict[str, int]:
     """How the work is cut: `others` heads and sequences have up to `longest` queries each."""
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    if triton.cdiv(longest, 128) * others < processors:  # small tiles, so that every processor has some
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+    if chip.shared < 166_912:  # what an A100 has; GPUs without so large a memory are given less to hold
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
+    # small tiles where there would not be one large one for every processor
+    large = triton.cdiv(longest, 128) * others >= chip.processors
+    return {"BLOCK_M": 128 if large else 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
 
 
 def refuses(query, key, value, query_starts, key_starts, longest: int, scale: float) -> str | None:
@@ -158,8 +174,10 @@ def refuses(query, key, value, query_starts, key_starts, longest: int, scale: fl
     heads, width = query.shape[1:]
     if key.shape[1:] != query.shape[1:] or value.shape[:2] != key.shape[:2]:
         return f"keys {list(key.shape)} and values {list(value.shape)} are not one for each of {heads} heads"
-    if width % 16 or value.shape[2] % 16 or not 16 <= width < 512 or not 16 <= value.shape[2] <= 256:
-        return f"widths {width} and {value.shape[2]} are not multiples of 16, below 512 and up to 256"
+    if width % 16 or value.shape[2] % 16 or not 16 <= width <= WIDTH or not 16 <= value.shape[2] <= WIDE:
+        return f"widths {width} and {value.shape[2]} are not multiples of 16 up to {WIDTH} and {WIDE}"
+    if chip(query.device).shared < LEAST:
+        return "this GPU has too little shared memory"
     if scale <= 0:
         return f"the scale {scale} is not positive"
     if query.stride(2) != 1 or key.stride(2) != 1 or value.stride(2) != 1:
@@ -188,7 +206,7 @@ def launch(
     (count, heads, width), wide = query.shape, value.shape[2]
     out = torch.empty((count, heads, wide), dtype=query.dtype, device=query.device)
     sequences = len(query_starts) - 1
-    cut = tiles(query.dtype, longest, heads * sequences, _processors(query.device))
+    cut = tiles(query.dtype, longest, heads * sequences, chip(query.device))
     one = 2 ** (width.bit_length() - 1)
     kernel = mla_prefill_exact_kernel if query.dtype == torch.float32 else mla_prefill_kernel
     kernel[(triton.cdiv(longest, cut["BLOCK_M"]), heads, sequences)](

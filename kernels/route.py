@@ -68,6 +68,7 @@ def route_kernel(
     if DOT:
         # experts are rows, and few: from 64 rows on Triton 3.7 takes tf32 for widened bf16 on sm_100, "ieee" or not
         total = tl.zeros((BLOCK_E, BLOCK_N), tl.float32)
+        lost = total
     else:
         total = tl.zeros((BLOCK_N, BLOCK_E, BLOCK_D), tl.float32)
     for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
@@ -75,7 +76,11 @@ def route_kernel(
         x = tl.load(x_at + start, mask=(row < tokens)[:, None] & inside, other=0.0).to(tl.float32)
         weight = tl.load(weight_at + start, mask=(expert < E)[:, None] & inside, other=0.0).to(tl.float32)
         if DOT:
-            total = tl.dot(weight, tl.trans(x), total, input_precision="ieee")
+            # what each sum loses is carried into the next (Kahan): thousands of products in one chain lose digits
+            part = tl.dot(weight, tl.trans(x), input_precision="ieee") - lost
+            grown = total + part
+            lost = (grown - total) - part
+            total = grown
         else:
             total += x[:, None, :] * weight[None, :, :]
     logits = tl.trans(total) if DOT else tl.sum(total, 2)

@@ -5,10 +5,12 @@ and each cached row once. What tokens hand from part to part is left out: a few 
 is in the absorbed form (paper, section 2.1.2), in which one cached row serves every head.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.config import Config
 from workbench.errors import RequestError
@@ -182,6 +184,24 @@ def step(
     rows = [(*part, part.nbytes, part.intensity) for part in parts.values()]
     columns = ["weights", "cached", "operations", "bytes", "operations a byte"]
     return pd.DataFrame(rows, pd.Index(parts, name="part"), columns)
+
+
+def calls(work: Callable[[], object]) -> int:
+    """Operations that PyTorch is asked for while `work` runs, views included. Asking takes time too, which no roofline
+    knows."""
+    with _Counted() as seen:
+        work()
+    return seen.count
+
+
+class _Counted(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **kwargs or {})
 
 
 def _matrices(count: int, tokens: int, each: float) -> Work:

@@ -87,10 +87,17 @@ def check(made: tuple, reference: Expected, truth: Expected) -> None:
     assert ids.dtype == torch.int64 and ids.shape == truth.ids.shape, f"ids are {ids.dtype} {tuple(ids.shape)}"
     wrong = (ids != truth.ids) & truth.settled
     assert not bool(wrong.any()), f"{int(wrong.sum())} experts are not those of the truth, near ties left out"
-    close(gates, reference.gates, truth.gates)
-    close(scores, reference.scores, truth.scores)
+    _close(gates, reference.gates, truth.gates)
+    _close(scores, reference.scores, truth.scores)
     if reference.ring is not None:
         check_ring(reference.ring, ids, gates, scores)
+
+
+def _close(made: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor) -> None:
+    """As `close`; but of a token or two the reference may be right by chance, so a millionth is always near enough."""
+    alike = made.shape == reference.shape and made.dtype == reference.dtype
+    if not alike or not bool((made.double() - truth).abs().max() <= 1e-6 * truth.abs().max()):
+        close(made, reference, truth)
 
 
 def check_ring(ring: RingRow, ids: torch.Tensor, gates: torch.Tensor, scores: torch.Tensor) -> None:
