@@ -109,10 +109,10 @@ def weighed(
 
 
 @triton.jit
-def vector(x_ptr, there, step, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of a vector: fp32 [1, BLOCK], zeros beyond its end and where it is not `there`."""
+def vector(x_ptr, step, units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of a vector: fp32 [1, BLOCK], zeros beyond its end."""
     columns = step * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + columns, mask=(columns < units * UNIT) & there, other=0.0)
+    x = tl.load(x_ptr + columns, mask=columns < units * UNIT, other=0.0)
     return x.to(tl.float32)[None, :]
 
 
@@ -244,7 +244,7 @@ class Rows(NamedTuple):
 
     @property
     def unit(self) -> int:
-        return gcd(self.width, 128)
+        return gcd(self.width, 32)
 
     @property
     def chunk(self) -> int:
@@ -307,7 +307,10 @@ def product(
     """Launches `product_kernel`, with tiles as high as runs of rows are on average."""
     (count, outputs), rows, exact = out.shape, rows_of(weight), x.dtype == torch.float32
     average = count / experts
-    block_m = 16 if average <= 16 else 64 if average <= 96 or exact else 128
+    if rows.bits or rows.group:  # unpacked once for as many rows as there may be
+        block_m = 16 if average <= 32 else 64 if exact else 128
+    else:
+        block_m = 16 if average <= 16 else 64 if average <= 96 or exact else 128
     block_n = (32 if exact or block_m == 16 else 64) * (1 if swiglu else 2)
     tiles = triton.cdiv(count, block_m) + (min(experts, count) if bounds_ptr is not None else 0)
     product_kernel[(tiles * triton.cdiv(outputs, block_n),)](

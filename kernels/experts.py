@@ -42,7 +42,7 @@ def hidden_rows(
     total = tl.zeros([2 * ROWS, BLOCK // CHUNK], tl.float32)
     for step in range(0, (units * UNIT + BLOCK - 1) // BLOCK):
         total += weighed(
-            vector(x_ptr, True, step, units, UNIT, BLOCK), values_ptr, part_ptr, values_at, part_at, weight, inside,
+            vector(x_ptr, step, units, UNIT, BLOCK), values_ptr, part_ptr, values_at, part_at, weight, inside,
             step, units, UNIT, BITS, GROUP, 2 * ROWS, BLOCK, CHUNK,
         )  # fmt: skip
     both = tl.sum(total, 1)
@@ -148,10 +148,10 @@ def down_kernel(
         choice, step = number // steps, number % steps
         slot = tl.load(slots_ptr + token * choices + choice)
         gate = tl.load(gates_ptr + token * choices + choice)
-        chosen, expert = inside & (slot >= 0), tl.maximum(slot, 0)
+        chosen, expert = row < tl.where(slot >= 0, outputs, 0), tl.maximum(slot, 0)
+        x = vector(hidden_ptr + choice * (units * UNIT), step, tl.where(slot >= 0, units, 0), UNIT, BLOCK)
         sums = weighed(
-            vector(hidden_ptr + choice * (units * UNIT), slot >= 0, step, units, UNIT, BLOCK), values_ptr, part_ptr,
-            expert * values_stride, expert * part_stride, row, chosen, step, units,
+            x, values_ptr, part_ptr, expert * values_stride, expert * part_stride, row, chosen, step, units,
             UNIT, BITS, GROUP, ROWS, BLOCK, CHUNK,
         )  # fmt: skip
         if whole_ptr is not None:
@@ -163,7 +163,7 @@ def down_kernel(
         total = tl.zeros([ROWS, BLOCK // CHUNK], tl.float32)
         for step in tl.range(0, (shared_units * SHARED_UNIT + BLOCK - 1) // BLOCK, num_stages=STAGES):
             total += weighed(
-                vector(hidden_ptr, True, step, shared_units, SHARED_UNIT, BLOCK), shared_values_ptr, shared_part_ptr,
+                vector(hidden_ptr, step, shared_units, SHARED_UNIT, BLOCK), shared_values_ptr, shared_part_ptr,
                 0, 0, row, inside, step, shared_units, SHARED_UNIT, SHARED_BITS, SHARED_GROUP, ROWS, BLOCK, CHUNK,
             )  # fmt: skip
         shared = tl.sum(total, 1)
@@ -193,7 +193,8 @@ def combine_kernel(
         pair = token * K + choice
         there = tl.load(slots_ptr + pair) >= 0
         gate = tl.load(gates_ptr + pair)
-        values = tl.load(outputs_ptr + pair * width + columns, mask=inside & there, other=0.0).to(tl.float32)
+        given = columns < tl.where(there, width, 0)
+        values = tl.load(outputs_ptr + pair * width + columns, mask=given, other=0.0).to(tl.float32)
         total += tl.where(there, gate, 0.0) * values
     if shared_ptr is not None:
         total += tl.load(shared_ptr + token * width + columns, mask=inside, other=0.0).to(tl.float32)
@@ -276,7 +277,7 @@ def few(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank, shared)
         SHARED_UNIT=shared_rows.unit,
         **cut,
         STAGES=4,
-        num_warps=4,
+        num_warps=2 if rows.bits else 4,  # to unpack 64 codes each, or multiply 16 floats
     )
     return out
 
@@ -338,8 +339,21 @@ def work(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank, shared
 # no slot
 _FP32, _BF16 = torch.float32, torch.bfloat16
 EXAMPLES = (
-    ("bf16", "bf16", _BF16, 1, 256, 88, 176, 8, 6, False),
-    ("int4", "int4", _BF16, 1, 256, 128, 192, 8, 6, False),
-    ("bf16", "bf16", _BF16, 13, 128, 88, 96, 8, 4, True),
-    ("int4", "int4", _BF16, 13, 128, 64, 96, 8, 4, True),
+    *(
+        (format, format, _FP32 if format == "fp32" else _BF16, 1, 64, 64, 96, 5, 2, False)
+        for format in ("bf16", "int4", "fp32", "fp8", "int8", "int6", "int3")
+    ),
+    *(
+        (format, None, _FP32 if format == "fp32" else _BF16, 13, 64, 96, 0, 5, 4, True)
+        for format in ("bf16", "int4", "fp32", "fp8", "int8", "int6", "int3")
+    ),
+    *(
+        (format, None, _FP32 if format == "fp32" else _BF16, 113, 64, 64, 0, 1, 1, False)
+        for format in ("bf16", "int4", "fp32", "fp8", "int8", "int6", "int3")
+    ),
+    ("bf16", None, _BF16, 3, 56, 88, 0, 8, 6, True),
+    ("int3", "int4", _BF16, 2, 96, 32, 64, 3, 2, True),
+    ("int4", "fp32", _FP32, 1, 64, 64, 96, 5, 2, False),
+    ("int4", "int4", _FP32, 25, 72, 88, 96, 4, 3, True),
+    ("bf16", "bf16", _BF16, 70, 192, 88, 104, 2, 1, True),
 )

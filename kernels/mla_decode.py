@@ -37,14 +37,9 @@ def at(values, index, BATCH: tl.constexpr):
 
 @triton.jit
 def coded(
-    codes_ptr,
-    row,
-    BITS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FIRST: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    codes_ptr, row,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, FIRST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Codes of BITS bits, lowest bit first, less their middle: of rows from `row` and columns from FIRST on, fp32.
 
     A run of codes that fills whole bytes lies in one 32-bit word or two: each is loaded once.
@@ -72,23 +67,13 @@ def coded(
 
 @triton.jit
 def unpacked(
-    values_ptr,
-    part_ptr,
-    whole_ptr,
-    row,
-    inside,
-    PITCH: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FIRST: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    values_ptr, part_ptr, whole_ptr, row, inside, PITCH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    WIDTH: tl.constexpr, FIRST: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Rows from `row` and columns from FIRST on [BLOCK_N, BLOCK_W], fp32 if packed; zeros where not `inside`.
 
-    BITS 0: floats, with an fp32 scale for each GROUP if there is one; otherwise codes, each row with one scale, of which
-    each GROUP, if there is one, takes a part in 255.
+    BITS 0: floats, with an fp32 scale for each GROUP if there is one. Otherwise codes, with a scale for each row, of
+    which each GROUP, if there is one, takes a part in 255.
     """
     rows = tl.arange(0, BLOCK_N)
     if BITS == 0 and GROUP == 0:
@@ -125,45 +110,13 @@ def unpacked(
 
 @triton.jit(do_not_specialize=["batch", "wanted", "table_b"])  # compiled once, however a batch and its pages grow
 def mla_decode_kernel(
-    content_ptr,
-    position_ptr,
-    latent_ptr,
-    latent_part_ptr,
-    latent_whole_ptr,
-    rope_ptr,
-    rope_whole_ptr,
-    table_ptr,
-    ends_ptr,
-    out_ptr,
-    pieces_ptr,
-    sums_ptr,
-    batch,
-    new,
-    heads,
-    wanted,
-    scale,
-    content_b,
-    content_t,
-    content_h,
-    position_b,
-    position_t,
-    position_h,
-    table_b,
-    C: tl.constexpr,
-    R: tl.constexpr,
-    LATENT_PITCH: tl.constexpr,
-    ROPE_PITCH: tl.constexpr,
-    LATENT_BITS: tl.constexpr,
-    LATENT_GROUP: tl.constexpr,
-    ROPE_BITS: tl.constexpr,
-    BATCH: tl.constexpr,
-    LEAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    content_ptr, position_ptr, latent_ptr, latent_part_ptr, latent_whole_ptr, rope_ptr, rope_whole_ptr,
+    table_ptr, ends_ptr, out_ptr, pieces_ptr, sums_ptr, batch, new, heads, wanted, scale,
+    content_b, content_t, content_h, position_b, position_t, position_h, table_b, C: tl.constexpr, R: tl.constexpr,
+    LATENT_PITCH: tl.constexpr, LATENT_BITS: tl.constexpr, LATENT_GROUP: tl.constexpr, ROPE_PITCH: tl.constexpr,
+    ROPE_BITS: tl.constexpr, BATCH: tl.constexpr, LEAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     piece = tl.program_id(1)
     tiles, pieces, after = cut(ends_ptr, batch, wanted, BATCH, LEAST, BLOCK_N)
     sequence = tl.sum((after <= piece).to(tl.int32), 0)
@@ -242,20 +195,9 @@ def mla_decode_kernel(
 
 @triton.jit(do_not_specialize=["batch", "wanted"])
 def combine_kernel(
-    pieces_ptr,
-    sums_ptr,
-    ends_ptr,
-    out_ptr,
-    batch,
-    rows,
-    wanted,
-    C: tl.constexpr,
-    BATCH: tl.constexpr,
-    LEAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    pieces_ptr, sums_ptr, ends_ptr, out_ptr, batch, rows, wanted, C: tl.constexpr, BATCH: tl.constexpr,
+    LEAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Some columns of one row (token and head) of one sequence: its pieces, each by its share of the sum."""
     sequence = tl.program_id(2)
     _, pieces, after = cut(ends_ptr, batch, wanted, BATCH, LEAST, BLOCK_N)
@@ -281,7 +223,8 @@ def combine_kernel(
     tl.store(out_ptr + place + columns, (read / total).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-CODES = (4, 5, 6, 8, 10)  # bits that are read
+CODES = (4, 5, 6, 8, 10)  # bits of codes that are read
+STORED = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8)
 
 
 @cache
@@ -316,18 +259,14 @@ def refuses(content: torch.Tensor, position: torch.Tensor, latents, scale: float
         return f"queries of {widths[0]} + {widths[1]}: as wide as rows, multiples of 16, up to 512 + 128 are read"
     if latents.format.recent:
         return "the newest tokens are kept beside the cache"
-    if coding(latents.format) is None:
-        return f"rows stored as {latents.format.name} are not known"
-    if latents.parts[0].dtype not in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8):
-        return f"rows of {latents.parts[0].dtype} are not read"
+    if latents.parts[0].dtype not in STORED or coding(latents.format) is None:
+        return f"rows stored as {latents.format.name} are not read"
     if latents.parts[0].dtype == torch.float8_e4m3fn and 0 < device_of(content.device.index)[1] < 89:
         return "this GPU has no 8-bit floats"
-    if not all(part.is_contiguous() for part in latents.parts):
-        return "a part of the cache is not contiguous"
     if latents.table.dtype != torch.int32 or latents.ends.dtype != torch.int32:
-        return "pages and ends are not int32"
-    if latents.table.stride(-1) != 1 or not latents.ends.is_contiguous():
-        return "pages or ends are not next to each other"
+        return "pages or ends are not int32"
+    if latents.table.stride(-1) != 1 or not all(x.is_contiguous() for x in (latents.ends, *latents.parts)):
+        return "parts of the cache, its pages or ends are not contiguous"
     return None
 
 
@@ -335,33 +274,33 @@ def tensors(latents, bits: int, group: int) -> dict[str, torch.Tensor | None]:
     """The parts of a cache by the names of the kernel; bytes and fp16 as 32-bit words."""
     words = (torch.uint8, torch.float16)
     parts = [part.view(-1).view(torch.int32) if part.dtype in words else part for part in latents.parts]
-    if bits:
-        latent, rope = ([*parts[:3]], parts[3:]) if group else ([parts[0], None, parts[1]], parts[2:])
-    else:
-        latent, rope = ([*parts[:2], None], parts[2:]) if group else ([parts[0], None, None], None)
-    rope = [parts[0][:, latents.row[0] :]] if rope is None else rope
-    rope = [*rope, None]
-    names = ("latent_ptr", "latent_part_ptr", "latent_whole_ptr", "rope_ptr", "rope_whole_ptr")
-    return dict(zip(names, [*latent, *rope[:2]], strict=True))
+    if not bits and not group:
+        parts.append(parts[0][:, latents.row[0] :])
+    latent, part = parts.pop(0), parts.pop(0) if group else None
+    whole, rope = parts.pop(0) if bits else None, parts.pop(0)
+    return {
+        "latent_ptr": latent, "latent_part_ptr": part, "latent_whole_ptr": whole,
+        "rope_ptr": rope, "rope_whole_ptr": parts.pop() if parts else None,
+    }  # fmt: skip
 
 
 def shape(rows: int, dtype: torch.dtype, stored: torch.dtype, chip: int) -> tuple[int, int, int, int, int]:
     """Rows of queries and of the cache a program holds, warps, stages, programs of a multiprocessor at a time."""
     packed, stages = stored.itemsize == 1, 2 if stored == torch.float32 else 3
     if dtype == torch.float32:
-        return 16, 16, 8, 1, 2
-    if rows <= 16:
+        return 16, 16, 16, 1, 1
+    if chip == 90 and rows > (16 if packed else 32):  # what Hopper's products want; elsewhere it does not fit
+        return 64, 32, 8, stages, 1
+    if rows <= 16 or packed:
         return 16, 32, 4 if packed else 8, stages, 2
-    if chip == 90 and rows > 32:
-        return 64, 32, 8, stages, 1  # Hopper's products want 64 rows, which spill elsewhere
-    return 32, 16 if packed else 32, 8, stages, 1
+    return 32, 32, 8, stages, 1
 
 
 def launch(content: torch.Tensor, position: torch.Tensor, latents, scale: float) -> torch.Tensor:
     """[B, T, H, C]: what each head reads of the latents, in content's type. One launch, or two if sequences are cut."""
     batch, new, heads, width = content.shape
-    rows = new * heads
-    bits, group, turned = coding(latents.format)
+    rows, turned = new * heads, position.shape[-1]
+    bits, group, rope_bits = coding(latents.format)
     processors, chip = device_of(content.device.index)
     block_m, block_n, warps, stages, most = shape(rows, content.dtype, latents.parts[0].dtype, chip)
     shares = triton.cdiv(rows, block_m)  # programs that read the same piece
@@ -371,57 +310,32 @@ def launch(content: torch.Tensor, position: torch.Tensor, latents, scale: float)
     pieces = min(wanted + batch, batch * triton.cdiv(length, LEAST // block_n))
     split = pieces > batch
     out = torch.empty((batch, new, heads, width), dtype=content.dtype, device=content.device)
-    shared = dict(BATCH=triton.next_power_of_2(batch), LEAST=LEAST // block_n, BLOCK_N=block_n)
     held = torch.empty((pieces if split else 0, rows, width), dtype=torch.float32, device=content.device)
     sums = torch.empty(held.shape[:2], dtype=torch.float32, device=content.device)
+    cuts = {"BATCH": triton.next_power_of_2(batch), "LEAST": LEAST // block_n, "BLOCK_N": block_n}
     mla_decode_kernel[(shares, pieces)](
-        content_ptr=content,
-        position_ptr=position,
-        **tensors(latents, bits, group),
-        table_ptr=latents.table,
-        ends_ptr=latents.ends,
-        out_ptr=out,
-        pieces_ptr=held,
-        sums_ptr=sums,
-        batch=batch,
-        new=new,
-        heads=heads,
-        wanted=wanted,
-        scale=scale * LOG2_E,
-        content_b=content.stride(0),
-        content_t=content.stride(1),
-        content_h=content.stride(2),
-        position_b=position.stride(0),
-        position_t=position.stride(1),
-        position_h=position.stride(2),
-        table_b=latents.table.stride(0),
-        C=width,
-        R=position.shape[-1],
-        LATENT_PITCH=latents.parts[0].shape[1],
-        ROPE_PITCH=0 if turned else latents.parts[2 if group else 0].shape[1],
-        LATENT_BITS=bits,
-        LATENT_GROUP=group,
-        ROPE_BITS=turned,
-        **shared,
-        BLOCK_M=block_m,
-        HALF=max(triton.next_power_of_2(width) // 2, 16),
-        BLOCK_R=triton.next_power_of_2(position.shape[-1]),
-        PRECISION="ieee" if content.dtype == torch.float32 else "tf32",
-        num_warps=warps,
-        num_stages=stages,
-    )
+        content, position, **tensors(latents, bits, group), table_ptr=latents.table, ends_ptr=latents.ends,
+        out_ptr=out, pieces_ptr=held, sums_ptr=sums, batch=batch, new=new, heads=heads, wanted=wanted,
+        scale=scale * LOG2_E, content_b=content.stride(0), content_t=content.stride(1), content_h=content.stride(2),
+        position_b=position.stride(0), position_t=position.stride(1), position_h=position.stride(2),
+        table_b=latents.table.stride(0), C=width, R=turned, LATENT_PITCH=latents.parts[0].shape[1], LATENT_BITS=bits,
+        LATENT_GROUP=group, ROPE_PITCH=0 if rope_bits else latents.parts[2 if group else 0].shape[1],
+        ROPE_BITS=rope_bits, **cuts, BLOCK_M=block_m, HALF=max(triton.next_power_of_2(width) // 2, 16),
+        BLOCK_R=triton.next_power_of_2(turned), PRECISION="ieee" if content.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=stages, maxnreg=128 if warps == 16 else None,
+    )  # fmt: skip
     if split:
         columns = min(triton.next_power_of_2(width), 128)
         combine_kernel[(rows, triton.cdiv(width, columns), batch)](
-            pieces_ptr=held,
-            sums_ptr=sums,
-            ends_ptr=latents.ends,
-            out_ptr=out,
-            batch=batch,
-            rows=rows,
-            wanted=wanted,
+            held,
+            sums,
+            latents.ends,
+            out,
+            batch,
+            rows,
+            wanted,
             C=width,
-            **shared,
+            **cuts,
             BLOCK_P=16,
             BLOCK_C=columns,
             num_warps=4,
@@ -443,13 +357,8 @@ EXAMPLES = (
     *((name, torch.bfloat16, 512, 64, 16, 1, (65,)) for name in ("bf16", "fp8", "int8", "q6", "int6", "int4")),
     *((name, torch.bfloat16, 512, 64, 128, 1, (33,)) for name in ("bf16", "fp8", "q6")),
     ("fp32", torch.float32, 512, 64, 16, 1, (20,)),
-    ("bf16", torch.bfloat16, 64, 16, 8, 1, (1, 400, 64, 65)),  # pocket's widths
-    ("fp32", torch.float32, 64, 16, 8, 3, (3, 200, 64, 65)),
+    ("bf16", torch.bfloat16, 64, 16, 8, 1, (1, 300, 64, 65)),  # pocket's widths
+    ("fp32", torch.float32, 64, 16, 8, 3, (3, 150, 64, 65)),
     ("q6", torch.float32, 64, 16, 8, 1, (1, 65)),
-    ("int4", torch.float32, 64, 16, 7, 3, (130, 5)),
-    ("fp8", torch.float32, 64, 16, 7, 1, (65,)),
     ("q6", torch.bfloat16, 48, 16, 5, 3, (3, 200)),
-    ("int8", torch.float32, 80, 32, 3, 1, (65,)),
-    ("int6", torch.bfloat16, 64, 16, 11, 3, (66,)),
-    ("fp32", torch.bfloat16, 64, 16, 8, 1, (66,)),
 )

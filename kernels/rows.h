@@ -233,12 +233,14 @@ static void pack_vector(const Codec *c, const float *x, void *const *parts, int6
 
 /* ---- unpacking ---- */
 
-ALWAYS void put(Lanes v, float *to, int64_t left) { memcpy(to, &v, left < 16 ? 4 * left : 64); }
-
 ALWAYS Words bytes_at(const uint8_t *at) {
+#ifdef __AVX512F__
+    return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at)); /* compilers take bytes one by one */
+#else
     Bytes some;
     memcpy(&some, at, 16);
     return __builtin_convertvector(some, Words);
+#endif
 }
 
 /* Where in 2 * bits bytes the codes of a vector are: as bytes of each lane, and then as shifts. */
@@ -257,84 +259,106 @@ static Places places(int64_t bits) {
     return found;
 }
 
-ALWAYS Words codes_at(const uint8_t *at, const Places *where) { /* reads 32 bytes */
+ALWAYS Words codes_at(const uint8_t *at, Places where) { /* reads 32 bytes */
 #ifdef __AVX512VBMI__
     const __m512i some = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at));
-    const __m512i each = _mm512_permutexvar_epi8((__m512i)where->bytes, some);
-    return (Words)_mm512_srlv_epi32(each, (__m512i)where->shifts) & where->mask;
+    const __m512i each = _mm512_permutexvar_epi8((__m512i)where.bytes, some);
+    return (Words)_mm512_srlv_epi32(each, (__m512i)where.shifts) & where.mask;
 #else
     Words found;
     for (int k = 0; k < 16; k++) {
         uint32_t word;
-        memcpy(&word, at + k * where->bits / 8, 4);
+        memcpy(&word, at + k * where.bits / 8, 4);
         found[k] = word;
     }
-    return found >> where->shifts & where->mask;
+    return found >> where.shifts & where.mask;
 #endif
 }
 
-/* Sixteen at a time: what is read beyond the width is not written. */
-ALWAYS void unpack_codes(const Codec *c, const Places *where, const uint8_t *codes, const uint8_t *parts, float whole,
-                         float *to, int bf16) {
-    const int64_t vectors = upto(c->width, 16);
-    const int32_t most = (1 << (c->size - 1)) - 1;
-    float unit[16];
-    for (int64_t v = 0; v < vectors; v++, codes += 2 * c->size) {
-        if (parts && v % 16 == 0) {
-            const Lanes units = __builtin_convertvector((Ints)bytes_at(parts + v), Lanes) / 255.0f * whole;
-            memcpy(unit, &units, 64);
-        }
-        const Lanes code = __builtin_convertvector((Ints)codes_at(codes, where) - most, Lanes);
-        put(rounded_lanes(code * all(parts ? unit[v % 16] : whole), bf16), to + 16 * v, c->width - 16 * v);
+/* Codes in vectors, each with its unit: what is read beyond the width is not written. */
+ALWAYS void unpack_codes(Places where, const uint8_t *codes, const float *unit, int64_t every, int64_t width, float *to,
+                         const int bf16) {
+    const Ints most = (Ints)(where.mask >> 1);
+    int64_t k = 0;
+    Lanes value;
+    for (; k + 16 <= width; k += 16, codes += 2 * where.bits, unit += every) {
+        value = __builtin_convertvector((Ints)codes_at(codes, where) - most, Lanes) * all(*unit);
+        value = rounded_lanes(value, bf16);
+        memcpy(to + k, &value, 64);
+    }
+    if (k < width) {
+        value = __builtin_convertvector((Ints)codes_at(codes, where) - most, Lanes) * all(*unit);
+        value = rounded_lanes(value, bf16);
+        memcpy(to + k, &value, 4 * (width - k));
     }
 }
 
-static void unpack_tiles(const Codec *c, const uint8_t *values, const uint8_t *scales, float *to, int bf16) {
-    for (int64_t from = 0; from < c->width; from += c->size, scales += 4) {
+ALWAYS void unpack_tiles(const uint8_t *values, const uint8_t *scales, int64_t size, int64_t width, float *to,
+                         const int bf16) {
+    for (int64_t from = 0; from < width; from += size, scales += 4) {
+        const int64_t end = least(width, from + size);
+        int64_t k = from;
         float scale;
+        Lanes value;
         memcpy(&scale, scales, 4);
-        for (int64_t k = from; k < least(c->width, from + c->size); k += 16)
-            put(rounded_lanes(from_fp8(bytes_at(values + k)) * all(scale), bf16), to + k, c->width - k);
+        for (; k + 16 <= end; k += 16) {
+            value = rounded_lanes(from_fp8(bytes_at(values + k)) * all(scale), bf16);
+            memcpy(to + k, &value, 64);
+        }
+        if (k < end) {
+            value = rounded_lanes(from_fp8(bytes_at(values + k)) * all(scale), bf16);
+            memcpy(to + k, &value, 4 * (end - k));
+        }
     }
 }
 
-static void unpack_plain(const Codec *c, const void *row, float *to, int bf16) {
-    if (c->kind == BF16)
-        for (int64_t k = 0; k < c->width; k++)
+ALWAYS void unpack_plain(int64_t kind, const void *row, int64_t width, float *to, const int bf16) {
+    if (kind == BF16)
+        for (int64_t k = 0; k < width; k++)
             to[k] = from_half(((const uint16_t *)row)[k]);
     else
-        for (int64_t k = 0; k < c->width; k++)
+        for (int64_t k = 0; k < width; k++)
             to[k] = rounded(((const float *)row)[k], bf16);
+}
+
+ALWAYS void unpack_typed(const Codec *c, void *const *parts, int64_t first, int64_t count, float *to, int64_t step,
+                         const int bf16) {
+    const Places where = places(c->kind >= CODES ? c->size : 1);
+    const int64_t held = parts_of(c), bytes[] = {part_bytes(c, 0), part_bytes(c, 1), part_bytes(c, 2)};
+    /* from there on, what is read beyond a row may be nobody's: its parts are copied */
+    const int64_t last = BLOCK - upto(BEYOND, c->kind == GROUPS ? least(bytes[0], bytes[1]) : bytes[0]);
+    uint8_t room[2][most_of(bytes[0], bytes[1]) + BEYOND];
+    float units[upto(c->width, 16 * GROUP) * 16];
+    for (int64_t r = 0; r < count; r++, to += step) {
+        const uint8_t *at[3] = {NULL};
+        for (int64_t p = 0; p < held; p++) {
+            at[p] = (const uint8_t *)parts[p] + (first + r) * bytes[p];
+            if (r >= last && c->kind >= TILES && p < 2)
+                at[p] = memcpy(room[p], at[p], bytes[p]);
+        }
+        if (c->kind < TILES) {
+            unpack_plain(c->kind, at[0], c->width, to, bf16);
+        } else if (c->kind == TILES) {
+            unpack_tiles(at[0], at[1], c->size, c->width, to, bf16);
+        } else {
+            uint16_t scale;
+            memcpy(&scale, at[held - 1], 2);
+            const float whole = from_fp16(scale);
+            units[0] = whole;
+            for (int64_t g = 0; c->kind == GROUPS && g * GROUP < c->width; g += 16) {
+                const Lanes unit = __builtin_convertvector((Ints)bytes_at(at[1] + g), Lanes) / 255.0f * whole;
+                memcpy(units + g, &unit, 64);
+            }
+            unpack_codes(where, at[0], units, c->kind == GROUPS, c->width, to, bf16);
+        }
+    }
 }
 
 /* The first rows of the block that begins at row `first`, `step` floats from each other. */
 static void unpack_vectors(const Codec *c, void *const *parts, int64_t first, int64_t count, float *to, int64_t step,
                            int bf16) {
-    const int64_t held = parts_of(c);
-    if (!held)
-        return;
-    const Places where = places(c->kind >= CODES ? c->size : 1);
-    int64_t bytes[3] = {0};
-    for (int64_t p = 0; p < held; p++)
-        bytes[p] = part_bytes(c, p);
-    /* from there on, what is read beyond a row may be nobody's: its parts are copied */
-    const int64_t last = BLOCK - upto(BEYOND, c->kind == GROUPS ? least(bytes[0], bytes[1]) : bytes[0]);
-    uint8_t room[3][most_of(bytes[0], bytes[1]) + BEYOND];
-    for (int64_t r = 0; r < count; r++, to += step) {
-        const uint8_t *at[3] = {NULL};
-        for (int64_t p = 0; p < held; p++) {
-            at[p] = (const uint8_t *)parts[p] + (first + r) * bytes[p];
-            if (r >= last && c->kind >= TILES)
-                at[p] = memcpy(room[p], at[p], bytes[p]);
-        }
-        uint16_t half = 0;
-        if (c->kind >= CODES)
-            memcpy(&half, at[held - 1], 2);
-        switch (c->kind) {
-        case TILES: unpack_tiles(c, at[0], at[1], to, bf16); break;
-        case CODES: unpack_codes(c, &where, at[0], NULL, from_fp16(half), to, bf16); break;
-        case GROUPS: unpack_codes(c, &where, at[0], at[1], from_fp16(half), to, bf16); break;
-        default: unpack_plain(c, at[0], to, bf16);
-        }
-    }
+    if (c->width && bf16)
+        unpack_typed(c, parts, first, count, to, step, 1);
+    else if (c->width)
+        unpack_typed(c, parts, first, count, to, step, 0);
 }

@@ -37,9 +37,9 @@ def arguments(example, device: torch.device, generator: torch.Generator) -> tupl
     bank = pair(format, inner, experts)
     shared = None if beside is None else pair(beside, shared_inner)
     x = random(tokens, width + 16)[:, :width].to(dtype)
-    # one expert is chosen by everyone, one by nobody
+    # one expert is chosen by everyone; one by nobody, where there are more than are chosen
     scores = torch.rand(tokens, experts, device=device, generator=generator)
-    scores[:, 1], scores[:, experts // 2] = 2.0, -1.0
+    scores[:, -1], scores[:, experts // 2] = 2.0, -1.0
     scores, slots = scores.topk(chosen, -1)
     gates = scores.softmax(-1) * 2
     if elsewhere:

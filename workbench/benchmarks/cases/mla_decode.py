@@ -2,13 +2,14 @@
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from workbench import steps
 from workbench.benchmarks.cases.compare import close
 from workbench.formats import Row, cache_format
 from workbench.pages import BLOCK, Latents
 
-TENSOR_CORES = ("mla_decode_kernel",)
+TENSOR_CORES = ()  # of bf16 only, for which tests/kernels/test_mla_decode.py asks
 
 
 def arguments(example, device: torch.device, generator: torch.Generator) -> tuple:
@@ -59,3 +60,14 @@ def truth(content: torch.Tensor, position: torch.Tensor, latents: Latents, scale
 
 
 check = close
+
+
+def peer(content: torch.Tensor, position: torch.Tensor, latents: Latents, scale: float):
+    """torch's own, on rows that lie unpacked and together, as long as the longest sequence."""
+    key = pad_sequence([gathered(latents, b, content.dtype) for b in range(len(content))], batch_first=True)[:, None]
+    query = torch.cat([content, position], -1).transpose(1, 2)  # [B, H, T, W]
+    heads, new = query.shape[1:3]
+    last = latents.ends[:, None] - new + torch.arange(new, device=key.device)  # [B, T]
+    mask = (torch.arange(key.shape[2], device=key.device) <= last[..., None])[:, None]
+    key, value = (x.expand(-1, heads, -1, -1) for x in (key, key[..., : content.shape[-1]]))
+    return lambda: F.scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(1, 2)

@@ -50,7 +50,7 @@ def peer(query, key, value, query_starts, key_starts, longest: int, scale: float
         return None
     wide = F.pad(value, (0, query.shape[-1] - value.shape[-1])) if query.shape[-1] > value.shape[-1] else value
     query, key, wide = (x.transpose(0, 1)[None] for x in (query, key, wide))
-    if len(query) == len(key):
+    if query.shape[2] == key.shape[2]:
         return lambda: F.scaled_dot_product_attention(query, key, wide, is_causal=True, scale=scale)
     past = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     past = past.tril(key.shape[2] - query.shape[2])
