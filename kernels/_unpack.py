@@ -6,6 +6,7 @@ GROUP of a row. whole: one for the row; with parts of 8 bits, part / 255 of it c
 gaps. Their width is given as units of UNIT columns: so the compiler knows what divides it, and loads 16 bytes at once.
 """
 
+from functools import cache
 from math import gcd
 from typing import NamedTuple
 
@@ -13,15 +14,26 @@ import torch
 import triton
 import triton.language as tl
 
-EXACT = tl.constexpr(0x4B000000)  # 2^23 as fp32: a code in its lowest bits is added to it, cheaper than a conversion
+EXACT = tl.constexpr(0x4B000000)  # 2^23 as fp32: what is put into its lowest bits is added to it, without a conversion
 
 
 @triton.jit
-def widened(words, MOST: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr, LEVELS: tl.constexpr):
-    """Codes in pieces of SIZE bits [..., n], less their middle: fp32 [..., n 2^LEVELS], those of a piece in a thread."""
-    for level in tl.static_range(LEVELS):
-        words = tl.join(words, words >> (SIZE >> (level + 1)))
-    return ((words & (2**BITS - 1)) | EXACT).to(tl.float32, bitcast=True) - (8388608.0 + MOST)
+def code(pieces, NUMBER: tl.constexpr, BITS: tl.constexpr):
+    """One of the codes of pieces, less the middle: fp32, exact, by one bitwise operation and one multiply-add."""
+    SHIFT: tl.constexpr = NUMBER * BITS
+    values = (pieces & (EXACT | ((2**BITS - 1) << SHIFT))).to(tl.float32, bitcast=True)
+    return values * (1 / 2**SHIFT) - (8388608.0 / 2**SHIFT + 2 ** (BITS - 1) - 1)
+
+
+@triton.jit
+def widened(words, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """All codes of words of SIZE bits [..., n], in order; those of a word stay in one thread."""
+    pieces = (tl.join(words, words >> (SIZE // 2)) & (2 ** (SIZE // 2) - 1)) | EXACT
+    if SIZE == 4 * BITS:
+        return tl.join(code(pieces, 0, BITS), code(pieces, 1, BITS))
+    else:
+        even = tl.join(code(pieces, 0, BITS), code(pieces, 2, BITS))
+        return tl.join(even, tl.join(code(pieces, 1, BITS), code(pieces, 3, BITS)))
 
 
 @triton.jit
@@ -42,22 +54,20 @@ def numbers(
         mask = inside[:, None] & (columns < units * UNIT)[None, :]
         return tl.load(values_ptr + at[:, None] + columns[None, :], mask=mask, other=0.0)
     else:
-        MOST: tl.constexpr = 2 ** (BITS - 1) - 1
         WORDS: tl.constexpr = 1 if 32 % BITS == 0 else 3  # in which whole codes lie
         RUNS: tl.constexpr = BLOCK * BITS // (32 * WORDS)
-        LEVELS: tl.constexpr = 2 if BITS >= 6 else 3
         words = (step * RUNS + tl.arange(0, RUNS)) * WORDS
         mask = inside[:, None] & (words < units * (UNIT * BITS // 32))[None, :]
         from_ptr = values_ptr + at[:, None] + words[None, :]
         first = tl.load(from_ptr, mask=mask, other=0).to(tl.uint32, bitcast=True)
         if WORDS == 1:
-            pieces = widened(first, MOST, BITS, 32, LEVELS)
+            pieces = widened(first, 32, BITS)
         else:  # 96 bits are four pieces of 24
             second = tl.load(from_ptr + 1, mask=mask, other=0).to(tl.uint32, bitcast=True)
             third = tl.load(from_ptr + 2, mask=mask, other=0).to(tl.uint32, bitcast=True)
             even = tl.join(first, (second >> 16) | (third << 16))
             odd = tl.join((first >> 24) | (second << 8), third >> 8)
-            pieces = widened(tl.join(even, odd), MOST, BITS, 24, LEVELS)
+            pieces = widened(tl.join(even, odd), 24, BITS)
         return pieces.reshape(ROWS, BLOCK)
 
 
@@ -145,96 +155,6 @@ def tile(
     return values
 
 
-@triton.jit
-def silu(gate):
-    return gate / (1.0 + tl.exp(-gate))
-
-
-@triton.jit
-def product_kernel(
-    x_ptr,  # [M, in]
-    values_ptr,
-    part_ptr,
-    whole_ptr,
-    values_stride,
-    part_stride,
-    whole_stride,
-    bounds_ptr,  # [E + 1]: rows of expert e are those from bounds e to e + 1; None: all rows are of one matrix
-    order_ptr,  # [M]: which choice a row is; None: a row is itself
-    out_ptr,  # [M, out]
-    rows,
-    stride_x,
-    choices,
-    experts,
-    units,
-    outputs,
-    UNIT: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Runs of rows, each by its own matrix, on tensor cores: x by gate_up with SwiGLU, or what that made by down.
-
-    Of gate_up, rows of x are read where tokens are and written one after the other; of down, the other way round.
-    """
-    blocks = (outputs + BLOCK_N - 1) // BLOCK_N
-    number, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    if bounds_ptr is None:
-        expert, first, end = 0, number * BLOCK_M, rows
-    else:
-        each = tl.arange(0, EXPERTS)
-        begins = tl.load(bounds_ptr + each, mask=each < experts, other=0).to(tl.int32)
-        ends = tl.load(bounds_ptr + 1 + each, mask=each < experts, other=0).to(tl.int32)
-        tiles = (ends - begins + BLOCK_M - 1) // BLOCK_M
-        after = tl.cumsum(tiles, 0)
-        expert = tl.sum((after <= number).to(tl.int32), 0)
-        if expert >= EXPERTS:
-            return
-        mine = each == expert
-        first = tl.sum(tl.where(mine, begins + (number - after + tiles) * BLOCK_M, 0), 0)
-        end = tl.sum(tl.where(mine, ends, 0), 0)
-    row = first + tl.arange(0, BLOCK_M)
-    there = row < end
-    plain = row.to(tl.int64)
-    choice = plain if order_ptr is None else tl.load(order_ptr + plain, mask=there, other=0)
-    source = choice // choices if SWIGLU else plain
-    ROWS: tl.constexpr = 2 * BLOCK_N if SWIGLU else BLOCK_N
-    each = tl.arange(0, ROWS)
-    if SWIGLU:  # rows of gate and up in turns
-        column = block * BLOCK_N + each // 2
-        weight, real = column + each % 2 * outputs, column < outputs
-    else:
-        weight = block * BLOCK_N + each
-        real = weight < outputs
-    wide = tl.cast(expert, tl.int64)
-    kind = x_ptr.dtype.element_ty
-    total = tl.zeros([BLOCK_M, ROWS], tl.float32)
-    for step in tl.range(0, (units * UNIT + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
-        columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask = there[:, None] & (columns < units * UNIT)[None, :]
-        x = tl.load(x_ptr + source[:, None] * stride_x + columns[None, :], mask=mask, other=0.0)
-        weights = tile(
-            values_ptr, part_ptr, wide * values_stride, wide * part_stride, weight, real, step, units,
-            UNIT, BITS, GROUP, ROWS, BLOCK_K, CHUNK,
-        )  # fmt: skip
-        total = tl.dot(x, tl.trans(weights.to(kind)), total, input_precision=PRECISION)
-    if whole_ptr is not None:
-        total *= wholes(whole_ptr, wide * whole_stride, weight, real, GROUP)[None, :]
-    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = there[:, None] & (columns < outputs)[None, :]
-    if SWIGLU:
-        gate, up = tl.split(total.reshape(BLOCK_M, BLOCK_N, 2))
-        total, choice = silu(gate) * up, plain
-    tl.store(out_ptr + choice[:, None] * outputs + columns[None, :], total.to(kind), mask=mask)
-
-
 class Rows(NamedTuple):
     """How a matrix is stored."""
 
@@ -294,51 +214,12 @@ def columns(weight) -> int:
     return 512 if values.itemsize == 1 or rows_of(weight).bits else 512 // values.itemsize
 
 
-def product(
-    x: torch.Tensor,
-    weight,
-    out: torch.Tensor,
-    swiglu: bool,
-    bounds_ptr: torch.Tensor | None = None,
-    order_ptr: torch.Tensor | None = None,
-    choices: int = 1,
-    experts: int = 1,
-) -> None:
-    """Launches `product_kernel`, with tiles as high as runs of rows are on average."""
-    (count, outputs), rows, exact = out.shape, rows_of(weight), x.dtype == torch.float32
-    average = count / experts
-    if rows.bits or rows.group:  # unpacked once for as many rows as there may be
-        block_m = 16 if average <= 32 else 64 if exact else 128
-    else:
-        block_m = 16 if average <= 16 else 64 if average <= 96 or exact else 128
-    block_n = (32 if exact or block_m == 16 else 64) * (1 if swiglu else 2)
-    tiles = triton.cdiv(count, block_m) + (min(experts, count) if bounds_ptr is not None else 0)
-    product_kernel[(tiles * triton.cdiv(outputs, block_n),)](
-        x_ptr=x,
-        **arguments(weight),
-        bounds_ptr=bounds_ptr,
-        order_ptr=order_ptr,
-        out_ptr=out,
-        rows=count,
-        stride_x=x.stride(0),
-        choices=choices,
-        experts=experts,
-        units=rows.width // rows.unit,
-        outputs=outputs,
-        UNIT=rows.unit,
-        CHUNK=rows.chunk,
-        SWIGLU=swiglu,
-        EXPERTS=triton.next_power_of_2(experts),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=32 if exact else 128 if block_m == 16 else 64,
-        STAGES=3,
-        PRECISION="tf32x3" if exact else "tf32",
-        num_warps=8 if block_m == 128 else 4,
-    )
+@cache
+def has_fp8(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def unread(weight, x: torch.Tensor, has_fp8: bool) -> str | None:
+def unread(weight, x: torch.Tensor) -> str | None:
     """Why kernels do not read a weight [..., out, in] to multiply x with it; None if they do."""
     if isinstance(weight, torch.Tensor):
         if weight.dtype != x.dtype:
@@ -349,7 +230,7 @@ def unread(weight, x: torch.Tensor, has_fp8: bool) -> str | None:
             return f"weights packed by {weight.codec} are not read"
         parts = weight.parts
     rows, values = rows_of(weight), parts[0]
-    if values.dtype == torch.float8_e4m3fn and not has_fp8:
+    if values.dtype == torch.float8_e4m3fn and not has_fp8(x.device):
         return "this GPU has no 8-bit floats"
     if rows.width % WHOLE[rows.bits]:
         return f"rows of {rows.width} codes of {rows.bits} bits are not whole 32-bit words"

@@ -5,24 +5,11 @@ launches straight from the slots, a vector at a time. Many: choices sorted by ex
 Weights are unpacked in registers in both.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
-
-from workbench_kernels._unpack import (
-    arguments,
-    arguments_of_shared,
-    columns,
-    product,
-    rows_of,
-    silu,
-    unread,
-    vector,
-    weighed,
-    wholes,
-)
+from workbench_kernels._product import product, silu
+from workbench_kernels._unpack import arguments, arguments_of_shared, columns, rows_of, unread, vector, weighed, wholes
 
 FEW = 48  # choices up to which each reads its expert on its own: beyond, most experts have several
 MOST = 1 << 24  # choices in a launch
@@ -201,11 +188,6 @@ def combine_kernel(
     tl.store(out_ptr + token * width + columns, total, mask=inside)
 
 
-@cache
-def has_fp8(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def refuses(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank, shared) -> str | None:
     """Why this call is left to the reference; None if the kernel takes it."""
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -218,16 +200,18 @@ def refuses(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank, sha
         return "slots and gates are not one row after the other, one for each row of x"
     if not 0 < slots.numel() <= MOST:
         return f"{slots.numel()} choices, not 1 to {MOST}"
-    if len(bank.gate_up) > EXPERTS:
-        return f"{len(bank.gate_up)} experts, more than {EXPERTS}"
+    if len(bank.gate_up.shape) != 3 or len(bank.gate_up) != len(bank.down) or len(bank.down) > EXPERTS:
+        return f"a bank of {list(bank.gate_up.shape)} and {list(bank.down.shape)}, not of up to {EXPERTS} experts"
     for name, pair in (("the bank", bank), ("the shared experts", shared)):
         if pair is None:
             continue
         *_, width, inner = pair.down.shape
         if width != x.shape[1] or tuple(pair.gate_up.shape[-2:]) != (2 * inner, width):
             return f"{name}: {list(pair.gate_up.shape)} and {list(pair.down.shape)} do not fit {list(x.shape)}"
-        for weight in pair:
-            if why := unread(weight, x, has_fp8(x.device)):
+        for weight in (pair.gate_up, pair.down):
+            if weight.device != x.device:
+                return f"{name}: weights are on {weight.device}, x on {x.device}"
+            if why := unread(weight, x):
                 return f"{name}: {why}"
     return None
 
@@ -239,7 +223,7 @@ def few(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank, shared)
     hidden = torch.empty(tokens, choices * inner + shared_inner, dtype=x.dtype, device=x.device)
     out = torch.empty(tokens, width, dtype=torch.float32, device=x.device)
     pair = [bank.gate_up] if shared is None else [bank.gate_up, shared.gate_up]
-    cut = {"ROWS": 4, "BLOCK": max(map(columns, pair)), "CHUNK": max(rows_of(one).chunk for one in pair)}
+    cut = {"ROWS": 4, "BLOCK": min(map(columns, pair)), "CHUNK": max(rows_of(one).chunk for one in pair)}
     rows = rows_of(bank.gate_up)
     programs = choices * triton.cdiv(inner, cut["ROWS"]) + triton.cdiv(shared_inner, cut["ROWS"])
     gate_up_kernel[(tokens * programs,)](
@@ -259,7 +243,7 @@ def few(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank, shared)
         num_warps=1,
     )
     pair = [bank.down] if shared is None else [bank.down, shared.down]
-    cut = {"ROWS": 4, "BLOCK": 2 * max(map(columns, pair)), "CHUNK": max(rows_of(one).chunk for one in pair)}
+    cut = {"ROWS": 4, "BLOCK": 2 * min(map(columns, pair)), "CHUNK": max(rows_of(one).chunk for one in pair)}
     rows, shared_rows = rows_of(bank.down), rows_of(pair[-1])
     down_kernel[(tokens * triton.cdiv(width, cut["ROWS"]),)](
         hidden_ptr=hidden,
@@ -327,10 +311,10 @@ def work(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank, shared
     used = slots[slots >= 0]
     width, inner = bank.down.shape[-2:]
     moved = x.nbytes + slots.nbytes + gates.nbytes + 4 * x.numel()
-    moved += len(used.unique()) * sum(weight.nbytes // len(weight) for weight in bank)
+    moved += len(used.unique()) * sum(weight.nbytes // len(weight) for weight in (bank.gate_up, bank.down))
     operations = 6 * width * inner * len(used)
     if shared is not None:
-        moved += sum(weight.nbytes for weight in shared)
+        moved += sum(weight.nbytes for weight in (shared.gate_up, shared.down))
         operations += 6 * width * shared.down.shape[-1] * len(x)
     return moved, operations
 
@@ -340,20 +324,13 @@ def work(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank, shared
 _FP32, _BF16 = torch.float32, torch.bfloat16
 EXAMPLES = (
     *(
-        (format, format, _FP32 if format == "fp32" else _BF16, 1, 64, 64, 96, 5, 2, False)
+        (format, beside, _FP32 if format == "fp32" else _BF16, tokens, 64, 64, 96, experts, 2, elsewhere)
         for format in ("bf16", "int4", "fp32", "fp8", "int8", "int6", "int3")
-    ),
-    *(
-        (format, None, _FP32 if format == "fp32" else _BF16, 13, 64, 96, 0, 5, 4, True)
-        for format in ("bf16", "int4", "fp32", "fp8", "int8", "int6", "int3")
-    ),
-    *(
-        (format, None, _FP32 if format == "fp32" else _BF16, 113, 64, 64, 0, 1, 1, False)
-        for format in ("bf16", "int4", "fp32", "fp8", "int8", "int6", "int3")
+        for beside, tokens, experts, elsewhere in ((format, 1, 5, False), (None, 25, 5, True), (None, 113, 2, False))
     ),
     ("bf16", None, _BF16, 3, 56, 88, 0, 8, 6, True),
     ("int3", "int4", _BF16, 2, 96, 32, 64, 3, 2, True),
     ("int4", "fp32", _FP32, 1, 64, 64, 96, 5, 2, False),
-    ("int4", "int4", _FP32, 25, 72, 88, 96, 4, 3, True),
+    ("int4", "int4", _FP32, 25, 72, 88, 96, 4, 2, True),
     ("bf16", "bf16", _BF16, 70, 192, 88, 104, 2, 1, True),
 )

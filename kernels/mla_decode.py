@@ -53,8 +53,7 @@ def coded(
     inside = tl.broadcast_to((runs < WIDTH // RUN)[None, :, None], start.shape)
     shifts = (BITS * tl.arange(0, RUN))[None, None, :]
     if BYTES == 4:
-        words = tl.load(base_ptr + start // 4, mask=inside, other=0)
-        codes = words >> shifts
+        codes = tl.load(base_ptr + start // 4, mask=inside, other=0) >> shifts
     else:
         low = tl.load(base_ptr + start // 4, mask=inside, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
         high = tl.load(base_ptr + start // 4 + 1, mask=inside, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -103,8 +102,7 @@ def unpacked(
             mask = inside[:, None] & (groups < COUNT)[None, :]
             part = tl.load(part_ptr + row * COUNT // 4 + start // 4, mask=mask, other=0) >> (8 * (start % 4))
             unit = (part & 255).to(tl.float32) * (whole / 255)[:, None]
-            values = values.reshape(BLOCK_N, BLOCK_W // GROUP, GROUP) * unit[:, :, None]
-            values = values.reshape(BLOCK_N, BLOCK_W)
+            values = (values.reshape(BLOCK_N, BLOCK_W // GROUP, GROUP) * unit[:, :, None]).reshape(BLOCK_N, BLOCK_W)
     return values
 
 
@@ -141,8 +139,8 @@ def mla_decode_kernel(
     content_left = tl.load(content_ptr + where, mask=in_left, other=0.0)
     content_right = tl.load(content_ptr + where + HALF, mask=in_right, other=0.0)
     where = (token * position_t + head * position_h)[:, None] + turned[None, :]
-    position_ptr += wide * position_b
-    position = tl.load(position_ptr + where, mask=real[:, None] & (turned < R)[None, :], other=0.0)
+    mask = real[:, None] & (turned < R)[None, :]
+    position = tl.load(position_ptr + wide * position_b + where, mask=mask, other=0.0)
 
     largest = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -179,17 +177,16 @@ def mla_decode_kernel(
         read_right = tl.dot(weights, right, read_right * kept[:, None], input_precision=PRECISION)
         largest = now
 
-    share = 1.0 / tl.where(total == 0.0, 1.0, total)[:, None]  # a row may see nothing of its sequence's last piece
+    total = tl.where(total == 0.0, 1.0, total)  # a row may see nothing of its sequence's last piece
     place = asked[:, None] * C + columns[None, :]
     if pieces == 1:
         out_ptr += wide * new * heads * C
-        tl.store(out_ptr + place, (read_left * share).to(kind), mask=in_left)
-        tl.store(out_ptr + place + HALF, (read_right * share).to(kind), mask=in_right)
+        tl.store(out_ptr + place, (read_left / total[:, None]).to(kind), mask=in_left)
+        tl.store(out_ptr + place + HALF, (read_right / total[:, None]).to(kind), mask=in_right)
     else:
         before = piece.to(tl.int64) * new * heads
-        pieces_ptr += before * C
-        tl.store(pieces_ptr + place, read_left * share, mask=in_left)
-        tl.store(pieces_ptr + place + HALF, read_right * share, mask=in_right)
+        tl.store(pieces_ptr + before * C + place, read_left / total[:, None], mask=in_left)
+        tl.store(pieces_ptr + before * C + place + HALF, read_right / total[:, None], mask=in_right)
         tl.store(sums_ptr + before + asked, largest + tl.log2(total), mask=real)
 
 
@@ -242,7 +239,7 @@ def coding(format) -> tuple[int, int, int] | None:
         return 0, 0, 0
     latent, rope = format.latent, format.rope
     bits, turned = getattr(latent, "bits", 0), getattr(rope, "bits", 0)
-    group = getattr(latent, "group", 0) if bits else getattr(latent, "tile", 0)
+    group = getattr(latent, "group" if bits else "tile", 0)
     known = (bits in CODES and group in (0, 16)) or (bits == 0 and group in (16, 32, 64, 128))
     plain = turned in CODES and not hasattr(rope, "group") or getattr(rope, "dtype", None) == torch.bfloat16
     return (bits, group, turned) if known and plain else None
@@ -263,7 +260,7 @@ def refuses(content: torch.Tensor, position: torch.Tensor, latents, scale: float
         return f"rows stored as {latents.format.name} are not read"
     if latents.parts[0].dtype == torch.float8_e4m3fn and 0 < device_of(content.device.index)[1] < 89:
         return "this GPU has no 8-bit floats"
-    if latents.table.dtype != torch.int32 or latents.ends.dtype != torch.int32:
+    if {latents.table.dtype, latents.ends.dtype} != {torch.int32}:
         return "pages or ends are not int32"
     if latents.table.stride(-1) != 1 or not all(x.is_contiguous() for x in (latents.ends, *latents.parts)):
         return "parts of the cache, its pages or ends are not contiguous"
@@ -272,10 +269,9 @@ def refuses(content: torch.Tensor, position: torch.Tensor, latents, scale: float
 
 def tensors(latents, bits: int, group: int) -> dict[str, torch.Tensor | None]:
     """The parts of a cache by the names of the kernel; bytes and fp16 as 32-bit words."""
-    words = (torch.uint8, torch.float16)
-    parts = [part.view(-1).view(torch.int32) if part.dtype in words else part for part in latents.parts]
-    if not bits and not group:
-        parts.append(parts[0][:, latents.row[0] :])
+    narrow = (torch.uint8, torch.float16)
+    parts = [part.view(-1).view(torch.int32) if part.dtype in narrow else part for part in latents.parts]
+    parts += [] if bits or group else [parts[0][:, latents.row[0] :]]
     latent, part = parts.pop(0), parts.pop(0) if group else None
     whole, rope = parts.pop(0) if bits else None, parts.pop(0)
     return {
@@ -322,24 +318,14 @@ def launch(content: torch.Tensor, position: torch.Tensor, latents, scale: float)
         LATENT_GROUP=group, ROPE_PITCH=0 if rope_bits else latents.parts[2 if group else 0].shape[1],
         ROPE_BITS=rope_bits, **cuts, BLOCK_M=block_m, HALF=max(triton.next_power_of_2(width) // 2, 16),
         BLOCK_R=triton.next_power_of_2(turned), PRECISION="ieee" if content.dtype == torch.float32 else "tf32",
-        num_warps=warps, num_stages=stages, maxnreg=128 if warps == 16 else None,
+        num_warps=warps, num_stages=stages, maxnreg=65536 // (32 * warps) if warps > 8 else None,
     )  # fmt: skip
     if split:
         columns = min(triton.next_power_of_2(width), 128)
         combine_kernel[(rows, triton.cdiv(width, columns), batch)](
-            held,
-            sums,
-            latents.ends,
-            out,
-            batch,
-            rows,
-            wanted,
-            C=width,
-            **cuts,
-            BLOCK_P=16,
-            BLOCK_C=columns,
-            num_warps=4,
-        )
+            held, sums, latents.ends, out, batch, rows, wanted,
+            C=width, **cuts, BLOCK_P=16, BLOCK_C=columns, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -348,8 +334,8 @@ def work(content: torch.Tensor, position: torch.Tensor, latents, scale: float) -
     _, new, heads, width = content.shape
     row = sum(part.shape[1] * part.itemsize for part in latents.parts)
     length = int(latents.ends.sum().item())
-    each = 2 * width + position.shape[-1]
-    return length * row + 2 * content.nbytes + position.nbytes, 2 * new * heads * length * each
+    operations = 2 * new * heads * length * (2 * width + position.shape[-1])
+    return length * row + 2 * content.nbytes + position.nbytes, operations
 
 
 # cache, type of the queries, latent, rotary width, heads, new tokens, length of each sequence

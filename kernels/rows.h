@@ -7,7 +7,7 @@ product may be joined with the sum that follows it, and the errors of a group ar
 #include "lanes.h"
 
 #define BLOCK 64  /* rows of a block */
-#define BEYOND 32 /* bytes that may be read beyond a row, if they are in the block */
+#define BEYOND 32 /* bytes that may be read beyond a row of codes */
 #define GROUP 16  /* codes that share a part of the scale: a vector */
 
 enum { FP32, BF16, TILES, CODES, GROUPS };
@@ -293,20 +293,18 @@ ALWAYS void unpack_codes(Places where, const uint8_t *codes, const float *unit, 
     }
 }
 
-ALWAYS void unpack_tiles(const uint8_t *values, const uint8_t *scales, int64_t size, int64_t width, float *to,
+ALWAYS void unpack_tiles(const uint8_t *values, const float *scale, int64_t size, int64_t width, float *to,
                          const int bf16) {
-    for (int64_t from = 0; from < width; from += size, scales += 4) {
+    for (int64_t from = 0; from < width; from += size, scale++) {
         const int64_t end = least(width, from + size);
         int64_t k = from;
-        float scale;
         Lanes value;
-        memcpy(&scale, scales, 4);
         for (; k + 16 <= end; k += 16) {
-            value = rounded_lanes(from_fp8(bytes_at(values + k)) * all(scale), bf16);
+            value = rounded_lanes(from_fp8(bytes_at(values + k)) * all(*scale), bf16);
             memcpy(to + k, &value, 64);
         }
         if (k < end) {
-            value = rounded_lanes(from_fp8(bytes_at(values + k)) * all(scale), bf16);
+            value = rounded_lanes(from_fp8(bytes_at(values + k)) * all(*scale), bf16);
             memcpy(to + k, &value, 4 * (end - k));
         }
     }
@@ -321,36 +319,50 @@ ALWAYS void unpack_plain(int64_t kind, const void *row, int64_t width, float *to
             to[k] = rounded(((const float *)row)[k], bf16);
 }
 
+/* What a code of each vector stands for, [BLOCK, groups] of the block that begins at row `first`: `every` 1; with one
+scale for a row, [BLOCK], `every` 0. Scales lie one after the other, so that a block's are read together. */
+ALWAYS void units_of(const Codec *c, void *const *parts, int64_t first, int64_t count, float *units) {
+    const int64_t groups = upto(c->width, GROUP), scales = c->kind == GROUPS ? 2 : 1;
+    float whole[BLOCK];
+    for (int64_t r = 0; r < BLOCK; r++)
+        whole[r] = from_fp16(((const uint16_t *)parts[scales])[first + r]);
+    if (c->kind == CODES) {
+        memcpy(units, whole, sizeof whole);
+        return;
+    }
+    float shares[BLOCK * groups + 16]; /* the last vector of a row is read with what comes after it */
+    const uint8_t *part = (const uint8_t *)parts[1] + first * groups;
+    for (int64_t i = 0; i < BLOCK * groups; i += 16) {
+        const Lanes share = __builtin_convertvector((Ints)bytes_at(part + i), Lanes) / 255.0f;
+        memcpy(shares + i, &share, 64);
+    }
+    memset(shares + BLOCK * groups, 0, 64);
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t g = 0; g < groups; g += 16) {
+            const Lanes unit = load(shares, r * groups + g, 0) * all(whole[r]);
+            memcpy(units + r * groups + g, &unit, 64);
+        }
+}
+
 ALWAYS void unpack_typed(const Codec *c, void *const *parts, int64_t first, int64_t count, float *to, int64_t step,
                          const int bf16) {
+    const int64_t bytes = part_bytes(c, 0), tiles = c->kind == TILES ? upto(c->width, c->size) : 0;
+    const int64_t every = c->kind == GROUPS, groups = every ? upto(c->width, GROUP) : 1;
+    const int64_t last = BLOCK - upto(BEYOND, bytes); /* from there on, what is beyond a row may be nobody's */
+    const uint8_t *row = (const uint8_t *)parts[0] + first * bytes;
     const Places where = places(c->kind >= CODES ? c->size : 1);
-    const int64_t held = parts_of(c), bytes[] = {part_bytes(c, 0), part_bytes(c, 1), part_bytes(c, 2)};
-    /* from there on, what is read beyond a row may be nobody's: its parts are copied */
-    const int64_t last = BLOCK - upto(BEYOND, c->kind == GROUPS ? least(bytes[0], bytes[1]) : bytes[0]);
-    uint8_t room[2][most_of(bytes[0], bytes[1]) + BEYOND];
-    float units[upto(c->width, 16 * GROUP) * 16];
-    for (int64_t r = 0; r < count; r++, to += step) {
-        const uint8_t *at[3] = {NULL};
-        for (int64_t p = 0; p < held; p++) {
-            at[p] = (const uint8_t *)parts[p] + (first + r) * bytes[p];
-            if (r >= last && c->kind >= TILES && p < 2)
-                at[p] = memcpy(room[p], at[p], bytes[p]);
-        }
-        if (c->kind < TILES) {
-            unpack_plain(c->kind, at[0], c->width, to, bf16);
-        } else if (c->kind == TILES) {
-            unpack_tiles(at[0], at[1], c->size, c->width, to, bf16);
-        } else {
-            uint16_t scale;
-            memcpy(&scale, at[held - 1], 2);
-            const float whole = from_fp16(scale);
-            units[0] = whole;
-            for (int64_t g = 0; c->kind == GROUPS && g * GROUP < c->width; g += 16) {
-                const Lanes unit = __builtin_convertvector((Ints)bytes_at(at[1] + g), Lanes) / 255.0f * whole;
-                memcpy(units + g, &unit, 64);
-            }
-            unpack_codes(where, at[0], units, c->kind == GROUPS, c->width, to, bf16);
-        }
+    uint8_t room[bytes + BEYOND];
+    float units[BLOCK * groups + 16];
+    if (c->kind >= CODES)
+        units_of(c, parts, first, count, units);
+    for (int64_t r = 0; r < count; r++, to += step, row += bytes) {
+        const uint8_t *at = r < last ? row : memcpy(room, row, bytes);
+        if (c->kind >= CODES)
+            unpack_codes(where, at, units + r * groups, every, c->width, to, bf16);
+        else if (c->kind == TILES)
+            unpack_tiles(at, (const float *)parts[1] + (first + r) * tiles, c->size, c->width, to, bf16);
+        else
+            unpack_plain(c->kind, row, c->width, to, bf16);
     }
 }
 

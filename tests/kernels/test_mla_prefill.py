@@ -69,8 +69,8 @@ def test_a_shared_key_is_seen_by_every_head():
 
 def test_scores_of_any_size():
     given = arguments((40, 70))
-    given[0] *= 100
-    right(given)
+    given[0] *= 100  # a score of 1000 is rounded by 1e-4, here and in the reference: neither is a measure of the other
+    torch.testing.assert_close(kernel.launch(*given).double(), case.truth(*given), atol=1e-3, rtol=0)
     given[1].zero_()
     right(given)
 

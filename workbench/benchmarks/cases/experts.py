@@ -58,19 +58,18 @@ def reference(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank: B
 
 
 def truth(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank: Bank, shared: Bank | None) -> torch.Tensor:
-    """In float64, one expert of one token after the other."""
+    """In float64, one expert after the other."""
 
-    def given(token: torch.Tensor, pair: Bank) -> torch.Tensor:
-        gate, up = (dense(pair.gate_up, torch.float32).double() @ token).chunk(2)
-        return dense(pair.down, torch.float32).double() @ (gate * gate.sigmoid() * up)
+    def given(wide: torch.Tensor, pair: Bank) -> torch.Tensor:
+        gate, up = (wide @ dense(pair.gate_up, torch.float32).double().T).chunk(2, -1)
+        return (gate * gate.sigmoid() * up) @ dense(pair.down, torch.float32).double().T
 
-    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    for into, token, chosen, weights in zip(out, x.double(), slots.tolist(), gates.double(), strict=True):
-        for slot, gate in zip(chosen, weights, strict=True):
-            if slot >= 0:
-                into += gate * given(token, Bank(bank.gate_up[slot], bank.down[slot]))
-        if shared is not None:
-            into += given(token, shared)
+    wide = x.double()
+    out = torch.zeros_like(wide) if shared is None else given(wide, shared)
+    for expert in slots[slots >= 0].unique().tolist():
+        tokens, places = (slots == expert).nonzero(as_tuple=True)
+        made = given(wide[tokens], Bank(bank.gate_up[expert], bank.down[expert]))
+        out.index_add_(0, tokens, made * gates[tokens, places].double()[:, None])
     return out
 
 
@@ -82,3 +81,16 @@ def peer(x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, bank: Bank, 
     plain = Bank(*(dense(weight, x.dtype) for weight in bank))
     beside = shared and Bank(*(dense(weight, x.dtype) for weight in shared))
     return lambda: reference(x, slots, gates, plain, beside)
+
+
+# shapes to be timed: tokens, then D, I, S and experts of V2-Lite and of V2
+LITE, V2 = ("v2-lite", (2048, 1408, 2816, 64)), ("v2", (5120, 1536, 3072, 160))
+SHAPES = (
+    *((LITE, format, 1) for format in ("bf16", "fp8", "int8", "int6", "int4", "int3")),
+    *((LITE, format, tokens) for format in ("bf16", "int4") for tokens in (8, 32, 2048)),
+    *((V2, format, tokens) for format in ("bf16", "int4") for tokens in (1, 2048)),
+)
+MEASURED = {
+    f"{model} {format} {tokens} tokens": (format, format, torch.bfloat16, tokens, *widths, 6, False)
+    for (model, widths), format, tokens in SHAPES
+}
