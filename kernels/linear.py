@@ -75,7 +75,7 @@ def launch(x: torch.Tensor, weight) -> torch.Tensor:
             units=width // rows.unit,
             UNIT=rows.unit,
             ROWS=ROWS,
-            BLOCK=2048 if width > 1024 else 1024 if width > 512 else 512,
+            BLOCK=2048 if width > 1024 and 32 % max(rows.bits, 1) == 0 else 1024 if width > 512 else 512,
             CHUNK=rows.chunk,
             num_warps=4,
         )

@@ -341,7 +341,7 @@ def work(content: torch.Tensor, position: torch.Tensor, latents, scale: float) -
 # cache, type of the queries, latent, rotary width, heads, new tokens, length of each sequence
 EXAMPLES = (
     *((name, torch.bfloat16, 512, 64, 16, 1, (65,)) for name in ("bf16", "fp8", "int8", "q6", "int6", "int4")),
-    *((name, torch.bfloat16, 512, 64, 128, 1, (33,)) for name in ("bf16", "fp8", "q6")),
+    *((name, torch.bfloat16, 512, 64, 128, 1, (65,)) for name in ("bf16", "fp8", "q6")),
     ("fp32", torch.float32, 512, 64, 16, 1, (20,)),
     ("bf16", torch.bfloat16, 64, 16, 8, 1, (1, 300, 64, 65)),  # pocket's widths
     ("fp32", torch.float32, 64, 16, 8, 3, (3, 150, 64, 65)),
