@@ -328,9 +328,9 @@ EXAMPLES = (
         for format in ("bf16", "int4", "fp32", "fp8", "int8", "int6", "int3")
         for beside, tokens, experts, elsewhere in ((format, 1, 5, False), (None, 25, 5, True), (None, 113, 2, False))
     ),
-    ("bf16", None, _BF16, 3, 56, 88, 0, 8, 6, True),
+    ("bf16", None, _BF16, 3, 40, 88, 0, 8, 2, True),
     ("int3", "int4", _BF16, 2, 96, 32, 64, 3, 2, True),
     ("int4", "fp32", _FP32, 1, 64, 64, 96, 5, 2, False),
-    ("int4", "int4", _FP32, 25, 72, 88, 96, 4, 2, True),
+    ("int4", None, _FP32, 25, 72, 88, 0, 5, 2, True),
     ("bf16", "bf16", _BF16, 70, 192, 88, 104, 2, 1, True),
 )

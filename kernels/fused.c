@@ -1,5 +1,6 @@
-/* One forward pass of a model with plain weights and any cache, on the processor. `workbench/compiled.py` compiles this file,
-`workbench/fused.py` calls it; what is computed is `Model.forward` of `workbench/model.py`, always in the absorbed form.
+/* One forward pass of a model with plain weights and any cache, on the processor. `workbench/compiled.py` compiles this
+file, `workbench/fused.py` calls it; what is computed is `Model.forward` of `workbench/model.py`, always in the absorbed
+form.
 
 A small model spends its time between operations: pocket's weights pass through a core in a tenth of the time that
 PyTorch takes to be asked for them. Here a pass is one call, and each of its steps is cut into tasks that threads take.
@@ -28,6 +29,7 @@ chosen, I expert width. */
 #define NEAR 8       /* rows of weights that all tokens meet before the next are read */
 #define ROWS 16      /* at least so many rows of weights are a task */
 #define CHUNK 16384  /* or as many as have so many bytes */
+#define FAR 2048     /* bytes of a row from which on the next rows are asked for: hardware stops at a page */
 #define SPINS 2000   /* looks at the others before the processor is given away */
 #define IDLE 200000  /* nanoseconds after which a thread without a task sleeps */
 #define PATIENCE 300000 /* and before the processor is given away for want of the last tasks */
@@ -58,7 +60,7 @@ typedef struct {
 
 typedef struct {
     Form form;
-    int64_t in_place, most, recent; /* plain rows are read where they are; blocks of the longest sequence; see windows */
+    int64_t in_place, most, recent; /* plain rows are read where they are; blocks of the longest; see windows */
     const int64_t *before;          /* [B] tokens in the cache */
     const int64_t *table;           /* [B, most] where block by block a sequence is */
     void *const *pool;              /* [layers, parts of a row], each [any, its width] */
@@ -99,6 +101,10 @@ ALWAYS void tile(const int T, const int R, const int bf16, const float *const *x
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
             weights[r] = load(w, (row + r) * width + k, bf16);
+        if (T == 1 && R == 8 && width * (bf16 ? 2 : 4) >= FAR)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+                __builtin_prefetch((const char *)w + ((row + R + r) * width + k) * (bf16 ? 2 : 4), 0, 2);
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
             const Lanes value = load(x[t], k, 0);
@@ -401,7 +407,9 @@ static void all_of(Run *run, int shared, Step *step, int64_t tasks) {
 
 /* Rows of weights as tasks: how many each has. */
 ALWAYS int64_t rows_each(int64_t rows, int64_t width, int64_t n) {
-    return n > 1 ? ROWS : most_of(8, least(upto(rows, 8) * 8, CHUNK / (4 * width) / 8 * 8));
+    const int64_t chunk = CHUNK / (4 * width) / 8 * 8;
+    const int64_t large = least(rows / 256 * 8, most_of(32, 16 * chunk)); /* as long as there are 32 tasks */
+    return n > 1 ? ROWS : most_of(8, least(upto(rows, 8) * 8, most_of(chunk, large)));
 }
 
 /* Tokens of a block as the products want them. */
@@ -808,8 +816,8 @@ static void feed(Run *run, int shared) {
 
 /* ---- a layer, after its rows are in the cache ---- */
 
-/* Heads that read the cache together: of a single token some, so that a row is read once for them; where rows have to be
-unpacked, as many as may be, as long as every thread has a task. */
+/* Heads that read the cache together: of a single token some, so that a row is read once for them; where rows have to
+be unpacked, as many as may be, as long as every thread has a task. */
 ALWAYS int64_t heads_each(const Run *run) {
     const Pass *pass = run->pass;
     const int64_t heads = run->net->heads, groups = pass->sequences < 4 * run->threads ? run->threads : 1;

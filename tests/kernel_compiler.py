@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -73,19 +72,17 @@ def source(function: JITFunction, arguments: dict) -> ASTSource:
 
 
 def report(compiled, chip: int) -> dict:
-    """Registers, spills, shared memory and tensor-core instructions of one compilation."""
+    """Registers, accesses to local memory, shared memory and tensor-core instructions of one compilation."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
-        ptx.write_text(compiled.asm["ptx"])
-        suffix = "" if chip < 90 else "a"
-        said = subprocess.run(
-            [get_ptxas(chip).path, "-v", "--gpu-name", f"sm_{chip}{suffix}", str(ptx), "-o", str(cubin)],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-        code = subprocess.run([str(tool), "-c", str(cubin)], capture_output=True, text=True, check=False).stdout
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
-    registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
+        cubin = Path(folder, "k.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        used, code = (
+            subprocess.run([str(tools / tool), flag, str(cubin)], capture_output=True, text=True, check=True).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    registers = max(map(int, re.findall(r"REG:(\d+)", used)))
     products: dict[str, int] = {}
     for found in PRODUCTS.findall(code):
         products[found] = products.get(found, 0) + 1

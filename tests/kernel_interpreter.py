@@ -54,7 +54,7 @@ def _ranges(args: list) -> np.ndarray:
 
 def _inside(method, place):
     def checked(self, *args):
-        pointers = args[0].data[np.broadcast_to(args[place].data, args[0].data.shape)]
+        pointers = args[0].data[np.broadcast_to(args[place].data, args[0].data.shape).astype(bool)]
         where = np.searchsorted(self.ranges[:, 0], pointers, side="right") - 1
         if bool((where < 0).any()) or bool((pointers >= self.ranges[np.maximum(where, 0), 1]).any()):
             raise IndexError(f"{method.__name__}: outside the memory of the arguments")

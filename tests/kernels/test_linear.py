@@ -32,7 +32,7 @@ def test_every_code_and_column_is_in_its_place(format, tokens):
     """By unit vectors: each picks one column, bit for bit but for the scales' order."""
     weight = matrix(format, 19, 96)
     dense = weight.dense(torch.float32)
-    for start in (0, 31, 77):
+    for start in (0, 31, 46, 77):
         x = torch.zeros(tokens, 96, device=DEVICE)
         columns = [(start + 7 * token) % 96 for token in range(tokens)]
         x[range(tokens), columns] = 1.0
