@@ -20,7 +20,7 @@ FLUSHED = 256 * 2**20  # bytes written before each launch, more than any second-
 
 @dataclass(frozen=True)
 class Row:
-    """One shape of one kernel: microseconds of every launch, ours and torch's in turns. `wrong`: why it was not timed."""
+    """One shape of a kernel: microseconds of every launch, ours and torch's in turns. `wrong`: why it was not timed."""
 
     kernel: str
     shape: str
