@@ -521,3 +521,17 @@ def test_checkpoints_of_transformers(model):
         got, wanted = (read(ours, tokens, "fp32", [90, 1, 29], fuse) for fuse in (True, False))
         del ours.fuse  # it is shared
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4), name
+
+
+def test_a_prompt_through_wide_bf16_layers_is_left_to_torch():
+    """Not a step, not in fp32, and not where layers are narrow: there one call is faster."""
+    shape = replace(SMALL, hidden_size=1024, num_hidden_layers=1, first_k_dense_replace=1)
+    wide = Model(shape, Random(shape, dtype=torch.bfloat16))
+    assert "faster" in wide.explain(tokens=32) and wide.explain(tokens=8) is None
+    assert Model(shape, Random(shape)).explain(tokens=32) is None and built(SMALL).explain(tokens=999) is None
+    tokens = torch.randint(shape.vocab_size, (1, 40))
+    whole, parts = LatentCache(shape, format="bf16"), LatentCache(shape, format="bf16")
+    with torch.inference_mode():
+        one = wide(tokens, whole)
+        other = torch.cat([wide(part, parts) for part in tokens.split(8, 1)], 1)
+    assert (one - other).abs().median() < 0.05 * one.std()

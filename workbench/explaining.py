@@ -23,7 +23,7 @@ def explain(model: Model, format: str, new: int = 1, context: int = 64, probe: P
         if context:
             model(tokens[:, :context], cache, logits="last")
         begun = probe.begin(model.config, torch.full((1, new), context), model.dtype)
-        why = model.explain(cache, begun)
+        why = model.explain(cache, begun, new)
         with listening() as heard:
             model(tokens[:, context:], cache, probe, logits="last")
     if why is None and not present(model.norm):

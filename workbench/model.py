@@ -290,7 +290,7 @@ class Model(nn.Module):
             cache.reserve(new)
         rotations = self.rope.at(positions.to(self.device))  # [B, T, R/2]
         x = probe("embed", ops.embed(tokens.to(self.device), self.embedding, self.dtype))
-        if self.explain(cache, probe) is not None:
+        if self.explain(cache, probe, tokens.numel()) is not None:
             x = self._by_operation(x, rotations, cache, probe, logits == "all")
         elif not present(x):
             x = self._fused.forward(x, rotations, cache, probe, logits == "all")
@@ -310,8 +310,8 @@ class Model(nn.Module):
         x = probe("final.norm", ops.rms_norm(x, self.norm, self.config.rms_norm_eps))
         return probe("logits", ops.linear(x, self.head).float())
 
-    def explain(self, cache: LatentCache | None = None, probe: Probe = OFF) -> str | None:
-        """Why such a pass goes operation by operation; None where it is fused, see fused.py, or lean, see lean.py."""
+    def explain(self, cache: LatentCache | None = None, probe: Probe = OFF, tokens: int = 1) -> str | None:
+        """Why a pass over so many tokens goes operation by operation; None where it is fused, or lean: see lean.py."""
         if not self.fuse:
             return "model.fuse is False"
         if present(self.norm):
@@ -322,7 +322,7 @@ class Model(nn.Module):
             return self._fused
         if self._fused.hooked:
             return "a module has a forward hook"
-        return refusal(self, cache, probe)
+        return refusal(self, cache, probe, tokens)
 
     def unembed(self, x: torch.Tensor) -> torch.Tensor:
         """The last norm and the head: a residual stream [..., D] as fp32 logits [..., vocab], as a logit lens wants."""
