@@ -29,7 +29,8 @@ chosen, I expert width. */
 #define NEAR 8       /* rows of weights that all tokens meet before the next are read */
 #define ROWS 16      /* at least so many rows of weights are a task */
 #define CHUNK 16384  /* or as many as have so many bytes */
-#define FAR 2048     /* bytes of a row from which on the next rows are asked for: hardware stops at a page */
+#define FAR 2048     /* bytes of a row from which on one token reads row after row, as one stream: they come from memory */
+#define AHEAD 8192   /* bytes ahead of which it is asked for: hardware stops at a page */
 #define SPINS 2000   /* looks at the others before the processor is given away */
 #define IDLE 200000  /* nanoseconds after which a thread without a task sleeps */
 #define PATIENCE 300000 /* and before the processor is given away for want of the last tasks */
@@ -101,10 +102,8 @@ ALWAYS void tile(const int T, const int R, const int bf16, const float *const *x
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
             weights[r] = load(w, (row + r) * width + k, bf16);
-        if (T == 1 && R == 8 && width * (bf16 ? 2 : 4) >= FAR)
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-                __builtin_prefetch((const char *)w + ((row + R + r) * width + k) * (bf16 ? 2 : 4), 0, 2);
+        if (T == 1 && R == 1)
+            __builtin_prefetch((const char *)w + (row * width + k) * (bf16 ? 2 : 4) + AHEAD, 0, 2);
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) {
             const Lanes value = load(x[t], k, 0);
@@ -134,14 +133,15 @@ ALWAYS void tile(const int T, const int R, const int bf16, const float *const *x
 #define TILES(T) \
     static void tiles_##T(int bf16, const float *const *x, const void *w, int64_t width, int64_t from, int64_t to, \
                           float *const *y) { \
+        const int64_t far = T == 1 && width * (bf16 ? 2 : 4) >= FAR; \
         int64_t r = from; \
         if (bf16) { \
-            for (; r + (T == 1 ? 8 : 4) <= to; r += T == 1 ? 8 : 4) \
+            for (; !far && r + (T == 1 ? 8 : 4) <= to; r += T == 1 ? 8 : 4) \
                 tile(T, T == 1 ? 8 : 4, 1, x, w, width, r, y); \
             for (; r < to; r++) \
                 tile(T, 1, 1, x, w, width, r, y); \
         } else { \
-            for (; r + (T == 1 ? 8 : 4) <= to; r += T == 1 ? 8 : 4) \
+            for (; !far && r + (T == 1 ? 8 : 4) <= to; r += T == 1 ? 8 : 4) \
                 tile(T, T == 1 ? 8 : 4, 0, x, w, width, r, y); \
             for (; r < to; r++) \
                 tile(T, 1, 0, x, w, width, r, y); \

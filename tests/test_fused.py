@@ -277,13 +277,15 @@ def test_a_cache_that_is_cut_forked_and_converted(name):
             cache.truncate(length, row)
         both(tokens_of(config, 3, choose.choice([1, 1, 5])))
         if "+" not in name and turn == 2:
+            plain = len(said)
             for cache in caches:
                 cache.convert("int8")
     caches = kept[1]
     both(tokens_of(config, 3, 2))
     for mine, its in zip(caches[0].sequences, caches[1].sequences):
         assert not mine.window or mine.window.start == its.window.start
-    assert max(said) < (1e-4 if name == "fp32" else 0.02), said
+    # codes of rows that differ in their last bits may differ by one
+    assert max(said) < 0.02 and (name != "fp32" or max(said[:plain]) < 1e-4), said
 
 
 @pytest.mark.parametrize("shape", ["odd", "whole registers", "no compressed query"])
