@@ -10,7 +10,7 @@ from workbench.errors import RequestError
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(decode, "STEPS", 2)
+    monkeypatch.setattr(decode, "STEPS", 4)
     monkeypatch.setattr(batch, "STEPS", 2)
 
 
