@@ -118,16 +118,7 @@ def _runner(
     for at in range(2):  # a first step, and the one that is captured
         step(tokens[:, context + at : context + at + 1], cache)
 
-    def steps(count: int) -> None:
-        cache.truncate(context)
-        for at in range(context, context + count):
-            step(tokens[:, at : at + 1], cache)
-
-    def run() -> float:
-        steps(WARM)
-        return STEPS / bench.seconds(lambda: steps(STEPS))
-
-    return run
+    return _timed(bench, context, tokens, lambda: cache.truncate(context), lambda new: step(new, cache))
 
 
 def _rival(bench: Bench, context: int, tokens: torch.Tensor) -> Callable[[], float]:
@@ -135,10 +126,20 @@ def _rival(bench: Bench, context: int, tokens: torch.Tensor) -> Callable[[], flo
     rival.use(rival.settings(1)[-1])
     cache = rival.start(there[:, :context])
 
+    return _timed(bench, context, there, lambda: rival.rewind(cache, context), lambda new: rival.advance(new, cache))
+
+
+def _timed(
+    bench: Bench,
+    context: int,
+    tokens: torch.Tensor,
+    rewind: Callable[[], object],
+    step: Callable[[torch.Tensor], object],
+) -> Callable[[], float]:
     def steps(count: int) -> None:
-        rival.rewind(cache, context)
+        rewind()
         for at in range(context, context + count):
-            rival.advance(there[:, at : at + 1], cache)
+            step(tokens[:, at : at + 1])
 
     def run() -> float:
         steps(WARM)
